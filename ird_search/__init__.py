@@ -1,0 +1,68 @@
+"""Which few parameters should I train, and which samples tell me?
+
+Square the gradient of each sample's log-likelihood, entry by entry, and you have one matrix:
+
+    F[i, j] = (∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ)²          samples × parameters
+
+A *mask* is a choice of columns, a *sample set* a choice of rows. `search_mask` narrows both in turn
+(iterative range decreasing), scores candidates by short masked fine-tunes, and returns the best
+mask, with a verdict against random masks at their own best learning rate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ird_search.api import FisherScores, SearchResult, fisher_scores, search_mask
+    from ird_search.artifact import inspect_mask, load_mask, save_mask
+    from ird_search.config import SearchConfig
+    from ird_search.freeze import apply_mask, verify
+    from ird_search.mask import SparseMask
+    from ird_search.optimizer import MaskedAdamW
+    from ird_search.parameters import ParameterSpace
+    from ird_search.training import finetune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FisherScores": "api",
+    "MaskedAdamW": "optimizer",
+    "ParameterSpace": "parameters",
+    "SearchConfig": "config",
+    "SearchResult": "api",
+    "SparseMask": "mask",
+    "apply_mask": "freeze",
+    "finetune": "training",
+    "fisher_scores": "api",
+    "inspect_mask": "artifact",
+    "load_mask": "artifact",
+    "save_mask": "artifact",
+    "search_mask": "api",
+    "verify": "freeze",
+}
+
+__all__ = [
+    "FisherScores",
+    "MaskedAdamW",
+    "ParameterSpace",
+    "SearchConfig",
+    "SearchResult",
+    "SparseMask",
+    "apply_mask",
+    "finetune",
+    "fisher_scores",
+    "inspect_mask",
+    "load_mask",
+    "save_mask",
+    "search_mask",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `ird-search --help` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ird_search' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ird_search.{_HOMES[name]}"), name)

@@ -1,0 +1,249 @@
+"""The command line: `ird-search run | demo | inspect | env`.
+
+Only light modules are imported here at the top: `--help` must answer at once, and torch takes
+seconds. What a command needs it imports when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ird_search.config import DataConfig, SearchConfig
+from ird_search.errors import IRDError, ResourceError, UsageError
+
+app = typer.Typer(
+    name="ird-search",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Which few parameters should I train, and which samples tell me?",
+)
+
+EXIT_CODES = """\b
+Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask file, 6 no proxy succeeded,
+75 out of memory or disk (the same command goes on), 130/143 interrupted (likewise)."""
+
+GOES_ON = "The same command goes on where this one stopped."
+SMALLER = "Lower --batch-size, --fisher-tokens or --cache-mb."
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that everything is left in order."""
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what goes wrong in a command into one message and the right exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            command(*args, **kwargs)
+        except IRDError as error:
+            _end(f"ird-search: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _end(f"Interrupted. {GOES_ON}", 128 + signal.SIGINT)
+        except _Terminated:
+            _end(f"Terminated. {GOES_ON}", 128 + signal.SIGTERM)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            _end(f"ird-search: out of memory. {SMALLER} {GOES_ON}", ResourceError.exit_code)
+
+    return run
+
+
+def _end(message: str, code: int) -> typing.NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of these settings, help and range included.
+
+    An option that is not given stays out of `settings`, so that a config file can fill it in.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.name != "settings"]
+        names = [f.name for c in configs for f in fields(c)]
+        made = [_parameter(c, f) for c in configs for f in fields(c)]
+
+        def run(**given: Any) -> None:
+            settings = {n: v for n in names if (v := given.pop(n)) not in (None, [])}
+            command(**given, settings=settings)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
+        return run
+
+    return decorate
+
+
+def _parameter(config: type, f: Any) -> inspect.Parameter:
+    """One option: `None` when not given, its default told in the help."""
+    hint = typing.get_type_hints(config)[f.name]
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    many = typing.get_origin(hint) is tuple
+    flag = f"--{f.name.replace('_', '-').removesuffix('-columns')}"
+    flag += "-column" if f.name == "text_columns" else ""
+    names = [f"{flag}/--no{flag[1:]}"] if hint is bool else [flag]
+    default = (
+        ""
+        if f.default is None or f.default is False or f.default == ()
+        else f" [default: {f.default}]"
+    )
+    option = typer.Option(
+        *names,
+        help=f.metadata["help"] + default + (" (repeatable)" if many else ""),
+        show_default=False,
+    )
+    kind = list[str] if many else hint
+    return inspect.Parameter(
+        f.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+@with_settings(DataConfig, SearchConfig)
+def run(
+    output: Output,
+    settings: dict[str, Any],
+    model: Annotated[str | None, typer.Option(help="a model directory or a hub id")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="csv, tsv, json, jsonl or parquet; a directory; a hub id")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="held-out data; by default a validation split or a part")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="a YAML file with these settings; options override it")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search a mask for a model on a data set, and write it to a directory.
+
+    The same command on an unfinished directory goes on where it stopped.
+    """
+    settings = {**_from_file(config), **settings}
+    given = {"model": model, "data": data, "eval_data": eval_data, "revision": revision}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    if missing := [k for k in ("model", "data") if not settings.get(k)]:
+        raise UsageError(
+            f"--{k} is missing: {'what to search' if k == 'model' else 'on what'}." for k in missing
+        )
+    api = import_module("ird_search.api")
+    result = api.search_mask(
+        settings.pop("model"), settings.pop("data"), output=output, progress=True, **settings
+    )
+    _show(result, output, as_json)
+
+
+@app.command()
+@guarded
+def demo(
+    output: Output = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="every random choice derives from it")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Pretrain a small vision transformer on some digits, and search a mask for the others.
+
+    Needs no network; needs scikit-learn: pip install 'ird_search[demo]'.
+    """
+    module = import_module("ird_search.demo")
+    _show(module.run(output, seed=seed), output, as_json)
+
+
+@app.command(name="inspect")
+@guarded
+def inspect_(
+    mask: Annotated[
+        Path, typer.Argument(help="a mask.safetensors, or the directory that holds it")
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Verify a mask file and tell what it holds."""
+    found = import_module("ird_search.artifact").inspect_mask(mask)
+    print(json.dumps(found.metadata, indent=1, sort_keys=True) if as_json else found.describe())
+
+
+@app.command()
+@guarded
+def env(as_json: JsonFlag = False) -> None:
+    """Versions and devices, to paste into an issue."""
+    found = import_module("ird_search.environment").environment()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        width = max(map(len, found))
+        print("\n".join(f"{name.ljust(width)}  {value}" for name, value in found.items()))
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """The settings of a config file, without those that are left open."""
+    if path is None:
+        return {}
+    found = import_module("ird_search.rundir").read_config(path)
+    return {k: v for k, v in found.items() if v not in (None, [])}
+
+
+def _show(result: Any, output: Path, as_json: bool) -> None:
+    """The table, or one JSON document."""
+    mask = output / "mask.safetensors"
+    if not as_json:
+        print(
+            f"\nBest pair: {len(result.samples.ids)} samples, density {result.mask.density:.3%} "
+            f"({result.mask.count:,} parameters)\n\n{result.table()}\n\nMask: {mask}"
+        )
+        return
+    document = {
+        "mask": str(mask),
+        "samples": result.samples.ids.tolist(),
+        "density": result.mask.density,
+        "parameters": result.mask.count,
+        "score": result.score,
+        **{k: result.provenance[k] for k in ("learning_rate", "verdict", "sentence", "fisher")},
+    }
+    print(json.dumps(document, indent=1))
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

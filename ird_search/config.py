@@ -1,0 +1,183 @@
+"""Every setting in one place: default, unit, legal range.
+
+The command line's options, the YAML file and the docs are made from these fields, so a default
+is written once.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from ird_search.errors import UsageError, nearest
+
+Strategy = Literal["walk", "ladder"]
+Method = Literal["auto", "taps", "vmap", "loop"]
+Score = Literal["loss", "auc"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+TaskName = Literal["auto", "classification", "regression", "causal-lm", "image-classification"]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open: bool = False,
+) -> Any:
+    """A field with its help text and legal range (`open`: the low end itself is not legal)."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "open": open})
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The settings of one search. A config is read, never assigned to; `replace` makes another.
+
+    Raises:
+        UsageError: one or more settings are outside their range; all are listed.
+
+    Example:
+        >>> SearchConfig(density=0.01).density
+        0.01
+        >>> SearchConfig(density=0, pool=0)
+        Traceback (most recent call last):
+        ...
+        ird_search.errors.UsageError: 2 problems:
+          - density is 0; it must be above 0 and at most 1.
+          - pool is 0; it must be at least 1.
+    """
+
+    density: float = setting(
+        0.005, "fraction of the candidate parameters to select", low=0, high=1, open=True
+    )
+    strategy: Strategy = setting("walk", "how (samples, parameters) pairs are nominated")
+    pool: int = setting(128, "samples whose Fisher contributions are computed", low=1)
+    min_samples: int = setting(8, "rows at which the sample range stops shrinking", low=1)
+    rounds: int = setting(4, "geometric steps from everything to the target", low=1, high=64)
+    patience: int = setting(2, "rounds without improvement before the walk stops", low=1)
+    warmup_steps: int = setting(40, "steps the head alone is trained before scoring", low=0)
+    proxy_steps: int = setting(40, "optimizer steps of one proxy fine-tune", low=1)
+    batch_size: int = setting(16, "samples in one optimizer step", low=1)
+    learning_rate: float | None = setting(
+        None, "one rate for all; by default each candidate tries three", low=0, open=True
+    )
+    head_learning_rate: float = setting(
+        3e-3, "rate of the head while a mask is trained", low=0, open=True
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay, on selected entries only", low=0)
+    score: Score = setting("loss", "what ranks proxies on held-out data (auc: two classes)")
+    eval_samples: int = setting(
+        512, "held-out samples: one half chooses, one gives the verdict", low=4
+    )
+    seeds: int = setting(3, "repeats of the winner and the controls for the verdict", low=1)
+    head: tuple[str, ...] | None = setting(
+        None, "regular expressions of head parameters, instead of the automatic choice"
+    )
+    embeddings: bool = setting(False, "let embedding tables be candidates too")
+    include: tuple[str, ...] = setting((), "regular expressions: only these are candidates")
+    exclude: tuple[str, ...] = setting((), "regular expressions: these are not candidates")
+    method: Method = setting("auto", "how per-sample gradients are computed")
+    fisher_tokens: int = setting(2048, "padded tokens in one batch of the Fisher pass", low=1)
+    cache_mb: int = setting(2048, "memory for kept factors and kept Fisher entries, MB", low=0)
+    seed: int = setting(0, "every random choice derives from it", low=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: Dtype = setting("auto", "dtype of the weights (auto: float32 on the CPU)")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def budget(self, parameters: int) -> int:
+        """How many of so many candidate parameters are selected: the nearest whole number."""
+        return round(self.density * parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def replace(self, **changes: Any) -> SearchConfig:
+        """A copy with some settings changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How rows are read. What is left out is inferred from the columns and the model."""
+
+    task: TaskName = setting("auto", "what is learnt; by default told from model and data")
+    text_columns: tuple[str, ...] = setting((), "text column; twice for a pair of texts")
+    label_column: str | None = setting(None, "label column")
+    split: str | None = setting(None, "split to learn from, where the data has several")
+    limit: int | None = setting(None, "use the first so many rows", low=1)
+    max_length: int | None = setting(None, "cut texts to so many tokens", low=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], DataConfig]:
+    """Keywords parted into those of a `SearchConfig` and a `DataConfig`.
+
+    Raises:
+        UsageError: a keyword of neither; the nearest names are offered.
+    """
+    search = {f.name for f in fields(SearchConfig)}
+    data = {f.name for f in fields(DataConfig)}
+    if unknown := [key for key in settings if key not in search | data]:
+        raise UsageError(f"Unknown setting {k!r}.{nearest(str(k), search | data)}" for k in unknown)
+    options = DataConfig(**{k: v for k, v in settings.items() if k in data})
+    return {k: v for k, v in settings.items() if k in search}, options
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The legal words of a `Literal` setting; empty for another type."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def check_settings(config: SearchConfig | DataConfig) -> None:
+    """Every setting within its range, or one error that lists all that are not."""
+    hints = typing.get_type_hints(type(config))
+    problems = [p for f in fields(config) if (p := _problem(f, getattr(config, f.name), hints))]
+    if not problems and isinstance(config, SearchConfig) and config.min_samples > config.pool:
+        problems.append(f"min_samples ({config.min_samples}) is larger than pool ({config.pool}).")
+    if problems:
+        raise UsageError(problems)
+    for f in fields(config):  # lists from YAML or JSON become tuples: configs are values
+        if isinstance(value := getattr(config, f.name), list):
+            object.__setattr__(config, f.name, tuple(value))
+
+
+def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
+    """What is wrong with one setting, in a sentence; empty when it is legal."""
+    hint, low, high = hints[f.name], f.metadata["low"], f.metadata["high"]
+    if words := choices(hint):
+        if value not in words:
+            close = nearest(str(value), words)
+            return f"{f.name} is {value!r}; it must be one of {', '.join(words)}.{close}"
+        return ""
+    optional = isinstance(hint, types.UnionType)
+    if optional and value is None:
+        return ""
+    base = typing.get_args(hint)[0] if optional else hint
+    if base is bool or base is str:
+        return (
+            "" if isinstance(value, base) else f"{f.name} is {value!r}; it must be {base.__name__}."
+        )
+    if base not in (int, float):
+        good = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        return "" if good else f"{f.name} is {value!r}; it must be a list of strings."
+    if isinstance(value, bool) or not isinstance(value, (int, float) if base is float else int):
+        return f"{f.name} is {value!r}; it must be a number."
+    above = low is None or (value > low if f.metadata["open"] else value >= low)
+    if above and (high is None or value <= high) and value == value:
+        return ""
+    bounds = [f"{'above' if f.metadata['open'] else 'at least'} {low:g}"] if low is not None else []
+    bounds += [f"at most {high:g}"] if high is not None else []
+    return f"{f.name} is {value:g}; it must be {' and '.join(bounds)}."

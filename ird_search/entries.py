@@ -1,0 +1,146 @@
+"""`Entries`: the trained entries of one tensor, and how a mask and a model give them.
+
+A mask names columns; a model holds tensors. Everything that trains, clips, freezes or restores
+works on `Entries`: read them into a short vector, write a short vector back, touch nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ird_search.errors import ModelError, UsageError, nearest
+from ird_search.mask import SparseMask
+
+SHOWN = 10
+"""How many differences between a mask and a model an error lists."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Entries:
+    """The k trained entries of one parameter.
+
+    Args:
+        name: the parameter's name in its model.
+        parameter: the parameter itself.
+        index: flat row-major indices, int64 [k], increasing; None for every entry.
+
+    Example:
+        >>> weight = nn.Parameter(torch.arange(6.0).view(2, 3))
+        >>> some = Entries("w", weight, torch.tensor([1, 4]))
+        >>> some.take(weight.detach())
+        tensor([1., 4.])
+        >>> some.put(weight.detach(), torch.tensor([7.0, 8.0]))
+        >>> weight.detach()
+        tensor([[0., 7., 2.],
+                [3., 8., 5.]])
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: Tensor | None
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
+
+    @property
+    def count(self) -> int:
+        """k, how many entries are trained."""
+        return self.parameter.numel() if self.index is None else self.index.numel()
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The entries of `tensor`, which has the parameter's shape: [k]; maybe a view of it."""
+        if self.index is None:
+            return tensor.reshape(-1)
+        index = self._on(self.index, tensor.device)
+        if tensor.is_contiguous():
+            return tensor.view(-1).index_select(0, index)
+        return tensor[torch.unravel_index(index, tensor.shape)]
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write [k] values into the entries of `tensor`; all others keep their bits."""
+        values = values.to(tensor.dtype)
+        if self.index is None:
+            tensor.copy_(values.view(tensor.shape))
+            return
+        index = self._on(self.index, tensor.device)
+        if tensor.is_contiguous():
+            # index_copy_ and not put_: it also runs under use_deterministic_algorithms.
+            tensor.view(-1).index_copy_(0, index, values)
+        else:
+            tensor[torch.unravel_index(index, tensor.shape)] = values
+
+    def only(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` that is zero elsewhere, also where `tensor` is not finite."""
+        kept = torch.zeros_like(tensor)
+        self.put(kept, self.take(tensor))
+        return kept
+
+    def _on(self, index: Tensor, device: torch.device) -> Tensor:
+        """The index on a device, sent there once: a model may be moved after the mask is set."""
+        if device not in self._copies:
+            self._copies[device] = index.to(device)
+        return self._copies[device]
+
+    def __repr__(self) -> str:
+        return f"Entries({self.name}, {self.count:,} of {self.parameter.numel():,})"
+
+
+def trained_entries(
+    model: nn.Module, mask: SparseMask, dense: Iterable[str] = ()
+) -> tuple[tuple[Entries, ...], tuple[Entries, ...]]:
+    """The selected entries of `mask`, and the tensors that are trained whole.
+
+    Args:
+        dense: names of parameters that are trained fully, outside the mask (the head).
+
+    Raises:
+        ModelError: the mask is of another model, or selects entries that are not real numbers.
+        UsageError: a dense name is unknown or also holds selected entries, or nothing is trained.
+    """
+    if differences := mask.space.differences(model):
+        more = len(differences) - SHOWN
+        raise ModelError(
+            [
+                f"This mask belongs to another model: {len(differences)} of "
+                f"{len(mask.space.names)} tensors differ.",
+                *differences[:SHOWN],
+                *([f"{more} more tensors differ."] if more > 0 else []),
+            ]
+        )
+    parameters = dict(model.named_parameters())
+    whole = _checked_dense(parameters, mask, dense)
+    if unreal := [n for n in (*mask.indices, *whole) if not parameters[n].is_floating_point()]:
+        raise ModelError(
+            f"{name!r} holds {parameters[name].dtype}; only real floats can be trained."
+            for name in unreal
+        )
+    masked = tuple(
+        # A tensor selected in full needs no index: it is read and written as a whole.
+        Entries(name, parameters[name], None if i.numel() == parameters[name].numel() else i)
+        for name, i in mask.indices.items()
+    )
+    return masked, tuple(Entries(name, parameters[name], None) for name in whole)
+
+
+def _checked_dense(
+    parameters: dict[str, nn.Parameter], mask: SparseMask, dense: Iterable[str]
+) -> list[str]:
+    names = [dense] if isinstance(dense, str) else list(dict.fromkeys(dense))
+    problems = [
+        f"{name!r} is not a parameter of this model.{nearest(name, parameters)}"
+        for name in names
+        if name not in parameters
+    ]
+    problems += [
+        f"{name!r} is dense and also holds {mask.indices[name].numel():,} selected entries; "
+        "take it out of one of them."
+        for name in names
+        if name in mask.indices
+    ]
+    if not names and not mask.count:
+        problems.append("The mask is empty and no tensor is dense: nothing would be trained.")
+    if problems:
+        raise UsageError(problems)
+    return names

@@ -1,0 +1,70 @@
+"""Errors a caller may want to catch. Each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class IRDError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        problems: one sentence, or all sentences at once when several things are wrong. Each says
+            what came, what is accepted, and what to do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return "\n".join([f"{len(self.problems)} problems:", *(f"  - {p}" for p in self.problems)])
+
+
+class UsageError(IRDError, ValueError):
+    """A setting, option or argument is wrong."""
+
+    exit_code = 2
+
+
+class DataError(IRDError, ValueError):
+    """The samples cannot be used as they are."""
+
+    exit_code = 3
+
+
+class ModelError(IRDError, ValueError):
+    """The model cannot be used as it is."""
+
+    exit_code = 4
+
+
+class ArtifactError(IRDError, ValueError):
+    """A mask file is damaged, hostile, or belongs to another model."""
+
+    exit_code = 5
+
+
+class NoProxySucceeded(IRDError, RuntimeError):
+    """Every proxy of the search failed; the reasons are listed."""
+
+    exit_code = 6
+
+
+class ResourceError(IRDError, RuntimeError):
+    """The machine ran out of memory or disk; the run can be continued."""
+
+    exit_code = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`' Did you mean 'label'?'` for a mistyped word, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

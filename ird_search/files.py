@@ -1,0 +1,80 @@
+"""`write_atomically`: a file is either the former one or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from ird_search.errors import ResourceError, UsageError
+
+_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE}
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put `data` at `path`, so that a crash at any moment leaves the old file or the new one.
+
+    The bytes go to a temporary file beside it, are forced to the disk and read back, and only then
+    take the name. Missing parent directories are made.
+
+    Raises:
+        UsageError: the place cannot be written (a read-only directory, a file for a parent).
+        ResourceError: the disk is full, a quota or limit is reached, or the disk is faulty. The
+            former file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.json"
+        >>> write_atomically(path, b"{}")
+        >>> path.read_bytes()
+        b'{}'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_check(temporary, data)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException as error:  # an interrupt, too, must leave no temporary file behind
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _explained(path, data, error) from error
+        raise
+
+
+def _write_and_check(path: Path, data: bytes) -> None:
+    with open(path, "xb+") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        if file.read() != data:
+            raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+
+
+def _sync_directory(directory: Path) -> None:
+    # Without this a power cut can undo the rename. Windows and some network file systems cannot
+    # open or sync a directory; the file itself is whole there, too.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _explained(path: Path, data: bytes, error: OSError) -> UsageError | ResourceError:
+    reason = error.strerror or str(error)
+    if error.errno in _EXHAUSTED:
+        return ResourceError(
+            f"{path} could not be written ({len(data):,} bytes): {reason}. What was there before "
+            "is untouched. Make room or choose another disk, then continue."
+        )
+    return UsageError(
+        f"{path} cannot be written: {reason}. What was there before is untouched. "
+        "Choose a file in a directory that you may write to."
+    )

@@ -1,0 +1,67 @@
+"""What a path through the Fisher engine is: batches in, per-sample gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ird_search.fisher.gradients import SampleGradients
+from ird_search.samples import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """Per-sample gradients of log p(yᵢ | xᵢ; θ) for some rows of a batch and some tensors.
+
+    Args:
+        part: which rows of the batch.
+        tensors: gradients by parameter name.
+        finite: whether log-likelihood and gradients are finite, bool [rows].
+    """
+
+    part: slice
+    tensors: dict[str, SampleGradients]
+    finite: Tensor
+
+
+class Engine(Protocol):
+    """One way to compute per-sample gradients."""
+
+    path: str
+    """The name that a run's record shows."""
+
+    names: tuple[str, ...]
+    """The tensors it answers for."""
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        """Every row of the batch, in one or more contributions."""
+        ...
+
+
+class Joined:
+    """Several paths, each for tensors of its own."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = tuple(engines)
+        self.path = "+".join(e.path for e in engines)
+        self.names = tuple(name for e in engines for name in e.names)
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        for engine in self.engines:
+            yield from engine.gradients(batch)
+
+
+def parameters_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The named parameters, in the order of `names`."""
+    found = dict(model.named_parameters())
+    return {name: found[name] for name in names}
+
+
+def all_finite(tensors: Sequence[Tensor], batch: int) -> Tensor:
+    """Whether every entry of a sample is finite in each tensor [B, …]: bool [B]."""
+    sums = [t.reshape(batch, -1).sum(1, dtype=torch.float32) for t in tensors]
+    return torch.stack(sums).isfinite().all(0)

@@ -1,0 +1,276 @@
+"""`FisherMatrix`: F[i, j], samples × parameters, read through its marginals and never formed whole.
+
+    F[i, j] = (∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ)²
+    row score      r_i(M) = Σ_{j∈M} F[i, j]
+    column score   c_j(S) = 1/|S| Σ_{i∈S} F[i, j]
+
+θ does not move, so what a row contributes is fixed. Three tiers, by memory:
+
+1. a *tile*: F itself, restricted to some rows and columns, once that many numbers fit;
+2. the rows' *factors* as the engine gave them, kept from the first pass: no model is needed again;
+3. recomputation, for the rows whose factors did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ird_search.errors import DataError
+from ird_search.fisher.engine import Engine
+from ird_search.fisher.gradients import Columns, SampleGradients, kept_bytes
+from ird_search.parameters import ParameterSpace
+from ird_search.samples import SampleSet
+
+EXCLUDED_SHARE = 0.01
+"""More samples than this without a finite gradient end the run."""
+
+FORM_WHOLE = 1 / 32
+"""From this density on, forming a tensor's whole gradient beats gathering its entries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Marginals:
+    """Both sums over F of one pass.
+
+    Args:
+        rows: r_i(M), float64 [|S|]; −∞ for a sample without a finite gradient.
+        columns: c_j(S), float32 [P].
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """F restricted to `rows` (positions) × `columns` (sorted coordinates), on the CPU."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def covers(self, rows: Tensor, columns: Tensor) -> bool:
+        return bool(torch.isin(rows, self.rows).all() and torch.isin(columns, self.columns).all())
+
+    def part(self, rows: Tensor, columns: Tensor) -> Tensor:
+        position = {int(r): i for i, r in enumerate(self.rows)}
+        at = torch.tensor([position[int(r)] for r in rows], dtype=torch.int64)
+        chosen = self.values[at]
+        if columns.numel() == self.columns.numel():
+            return chosen
+        return chosen[:, torch.searchsorted(self.columns, columns)]
+
+
+class FisherMatrix:
+    """The samples × parameters matrix of one model on one sample set.
+
+    Args:
+        engine: the path that computes per-sample gradients.
+        samples: the N rows.
+        space: the P columns.
+        tokens: padded tokens in one batch.
+        cache_bytes: memory for kept factors, and as much again for a tile.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        samples: SampleSet,
+        space: ParameterSpace,
+        *,
+        tokens: int = 2048,
+        cache_bytes: int = 2 * 2**30,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.engine, self.samples, self.space = engine, samples, space
+        self.tokens, self.cache_bytes, self.device = tokens, cache_bytes, torch.device(device)
+        self.excluded: set[int] = set()
+        """Positions of samples whose log-likelihood or gradient is not finite."""
+        self.passes = 0.0
+        """Forward and backward passes over the whole sample set that were needed so far."""
+        self._kept: list[tuple[Tensor, dict[str, SampleGradients]]] = []
+        self._kept_bytes = 0
+        self._tile: _Tile | None = None
+
+    def on(self, samples: SampleSet) -> FisherMatrix:
+        """The matrix of the same model on other samples; nothing is kept for later passes."""
+        return FisherMatrix(
+            self.engine, samples, self.space, tokens=self.tokens, cache_bytes=0, device=self.device
+        )
+
+    def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:
+        """Row scores within a mask and column scores over all parameters, in one streamed pass.
+
+        Args:
+            rows: positions in the sample set, int64 [|S|]; all by default.
+            within: the mask's sorted coordinates; all parameters by default.
+        """
+        rows = torch.arange(len(self.samples)) if rows is None else rows
+        sums = torch.zeros(self.space.numel, device=self.device)
+        flat = {name: sums[self.space.span(name)] for name in self.space.names}
+        masks = self._columns(within)
+        scores = torch.zeros(len(self.samples), dtype=torch.float64)
+        for chosen, tensors in self._stream(rows):
+            for name, gradients in tensors.items():
+                if masks is not None and name not in masks:
+                    gradients.add_squares(flat[name], _nothing(gradients, flat[name]))
+                    continue
+                part = gradients.add_squares(flat[name], None if masks is None else masks[name])
+                scores[chosen] += part.double().cpu()
+        return Marginals(self._marked(scores)[rows], (sums / self._finite(rows)).cpu())
+
+    def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """r_i(M) for the given rows: float64 [|S|]; −∞ where the gradient is not finite.
+
+        Args:
+            rows: positions, int64 [|S|].
+            columns: M as sorted coordinates; all parameters by default.
+        """
+        if columns is not None and (tile := self._restricted(rows, columns)) is not None:
+            scores = torch.zeros(len(self.samples), dtype=torch.float64)
+            scores[rows] = tile.sum(1, dtype=torch.float64)
+            return self._marked(scores)[rows]
+        masks = self._columns(columns)
+        scores = torch.zeros(len(self.samples), dtype=torch.float64)
+        for chosen, tensors in self._stream(rows):
+            for name, gradients in tensors.items():
+                if masks is None:
+                    part = gradients.square_norms()
+                elif name not in masks:
+                    continue
+                else:
+                    part = gradients.entries(masks[name].index).square().sum(1)
+                scores[chosen] += part.double().cpu()
+        return self._marked(scores)[rows]
+
+    def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """c_j(S) for the given columns: float32 [k], on the CPU.
+
+        Args:
+            rows: S as positions, int64 [|S|].
+            columns: sorted coordinates; all parameters by default.
+        """
+        if columns is None:
+            return self.marginals(rows).columns
+        if (tile := self._restricted(rows, columns)) is not None:
+            usable = torch.tensor([int(r) not in self.excluded for r in rows])
+            return tile[usable].sum(0) / self._finite(rows)
+        masks = self._columns(columns) or {}
+        whole = {n for n, m in masks.items() if m.index.numel() > FORM_WHOLE * m.numel}
+        sums = {
+            n: torch.zeros(m.numel if n in whole else m.index.numel(), device=self.device)
+            for n, m in masks.items()
+        }
+        for _, tensors in self._stream(rows):
+            for name in masks.keys() & tensors.keys():
+                gradients = tensors[name]
+                if name in whole:
+                    gradients.add_squares(sums[name], _nothing(gradients, sums[name]))
+                else:
+                    sums[name] += gradients.entries(masks[name].index).square().sum(0)
+        parts = [sums[n][m.index] if n in whole else sums[n] for n, m in masks.items()]
+        return (torch.cat(parts) / self._finite(rows)).cpu()
+
+    def _columns(self, coords: Tensor | None) -> dict[str, Columns] | None:
+        """A set of coordinates as a choice of entries for each tensor that it touches."""
+        if coords is None:
+            return None
+        return {
+            name: Columns(index.to(self.device), self._numel(name))
+            for name, index in self.space.localize(coords).items()
+        }
+
+    def _numel(self, name: str) -> int:
+        span = self.space.span(name)
+        return span.stop - span.start
+
+    def _restricted(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """F[rows, columns] where it fits into memory, else None."""
+        if self._tile is not None and self._tile.covers(rows, columns):
+            return self._tile.part(rows, columns)
+        if rows.numel() * columns.numel() * 4 > self.cache_bytes:
+            return None
+        values = torch.zeros(rows.numel(), columns.numel())
+        place = torch.full((len(self.samples),), -1)
+        place[rows] = torch.arange(rows.numel())
+        bounds = torch.searchsorted(columns, torch.tensor(self.space.offsets)).tolist()
+        spans = {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(self.space.names)}
+        masks = self._columns(columns) or {}
+        for chosen, tensors in self._stream(rows):
+            for name in masks.keys() & tensors.keys():
+                found = tensors[name].entries(masks[name].index).square_()
+                values[place[chosen], spans[name]] = found.cpu()
+        self._tile = _Tile(rows, columns, values)
+        return values
+
+    def _stream(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
+        """(positions, gradients by name) that together hold each finite row of `rows` once.
+
+        Rows whose factors are kept come first, then batches of similar length through the model.
+        """
+        wanted = torch.zeros(len(self.samples), dtype=torch.bool)
+        wanted[rows] = True
+        missing = wanted.clone()
+        for have, tensors in list(self._kept):
+            chosen = wanted[have]
+            missing[have] = False
+            if chosen.all():
+                yield have, tensors
+            elif chosen.any():
+                at = chosen.nonzero().flatten().to(self.device)
+                yield have[chosen], {n: g.select(at) for n, g in tensors.items()}
+        missing[list(self.excluded)] = False
+        yield from self._compute(missing.nonzero().flatten())
+
+    def _compute(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
+        for batch in self.samples.length_batches(rows, tokens=self.tokens):
+            self.passes += len(batch) / len(self.samples)
+            parts = []
+            bad = torch.zeros(len(batch), dtype=torch.bool)
+            for c in self.engine.gradients(batch.to(self.device)):
+                bad[c.part] |= ~c.finite.cpu()
+                parts.append((c.part, c.tensors))
+            self._exclude(batch.rows[bad])
+            for part, tensors in parts:
+                have, good = batch.rows[part], ~bad[part]
+                if not good.all():
+                    at = good.nonzero().flatten().to(self.device)
+                    have, tensors = have[good], {n: g.select(at) for n, g in tensors.items()}
+                if have.numel():
+                    self._keep(have, tensors, whole=len(parts) == 1)
+                    yield have, tensors
+
+    def _keep(self, rows: Tensor, tensors: dict[str, SampleGradients], *, whole: bool) -> None:
+        """Keep the factors of these rows where they fit. Parts of a row are not kept."""
+        size = kept_bytes(list(tensors.values()))
+        if whole and self._kept_bytes + size <= self.cache_bytes:
+            self._kept.append((rows, tensors))
+            self._kept_bytes += size
+
+    def _exclude(self, rows: Tensor) -> None:
+        self.excluded |= set(rows.tolist())
+        if len(self.excluded) > EXCLUDED_SHARE * len(self.samples):
+            ids = self.samples.ids[sorted(self.excluded)].tolist()
+            raise DataError(
+                f"{len(ids)} of {len(self.samples)} samples have a log-likelihood or a gradient "
+                f"that is not finite, more than {EXCLUDED_SHARE:.0%}. Rows (counting from 0): "
+                f"{', '.join(map(str, ids[:10]))}{' …' if len(ids) > 10 else ''}."
+            )
+
+    def _marked(self, scores: Tensor) -> Tensor:
+        scores[list(self.excluded)] = -torch.inf
+        return scores
+
+    def _finite(self, rows: Tensor) -> int:
+        """How many of the rows count in a mean."""
+        return max(1, rows.numel() - len(self.excluded & set(rows.tolist())))
+
+
+def _nothing(gradients: SampleGradients, sums: Tensor) -> Columns:
+    """An empty choice: sum over samples only."""
+    return Columns(torch.empty(0, dtype=torch.int64, device=sums.device), sums.numel())

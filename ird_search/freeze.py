@@ -1,0 +1,294 @@
+"""What keeps everything outside a mask as it is, whatever trains the model.
+
+`MaskedAdamW` never touches a frozen entry and needs only `trainable_only`, which saves time and
+memory. Any other optimizer goes through `apply_mask`. `verify` looks at the outcome.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ird_search.entries import Entries, trained_entries
+from ird_search.errors import UsageError
+from ird_search.mask import SparseMask
+
+_applied: weakref.WeakKeyDictionary[nn.Module, MaskHandle] = weakref.WeakKeyDictionary()
+"""Every module under a mask. It also keeps a handle that the caller drops alive with its model."""
+
+_NONE = torch.empty(0, dtype=torch.int64)
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def trainable_only(
+    model: nn.Module, mask: SparseMask, dense: Iterable[str] = ()
+) -> Iterator[nn.Module]:
+    """Within the block, only tensors with a trained entry require a gradient.
+
+    Autograd then skips the weight gradients of all others. `requires_grad` is as before
+    afterwards, also after an exception.
+
+    Args:
+        mask: the entries that are trained.
+        dense: names of the parameters trained fully, outside the mask.
+
+    Raises:
+        ModelError: the mask is of another model.
+        UsageError: an unknown dense name, or a tensor that is dense and masked.
+
+    Example:
+        >>> from ird_search.parameters import ParameterSpace
+        >>> model = nn.Linear(2, 1)
+        >>> mask = SparseMask(ParameterSpace.of(model), torch.tensor([1]))
+        >>> with trainable_only(model, mask):
+        ...     [name for name, p in model.named_parameters() if p.requires_grad]
+        ['weight']
+    """
+    masked, whole = trained_entries(model, mask, dense)
+    before = _require_only(model, [e.parameter for e in (*masked, *whole)])
+    try:
+        yield model
+    finally:
+        _require_again(before)
+
+
+def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ()) -> MaskHandle:
+    """Make any torch optimizer train the selected entries only, until the handle is removed.
+
+    * Tensors without a trained entry stop requiring a gradient, and lose the one they hold.
+    * Gradients of the others are zeroed outside the mask during backward: before clipping.
+    * Around each step of an optimizer that owns one of these tensors, frozen entries are put back
+      bit for bit: weight decay and momentum move entries whose gradient is zero.
+
+    For the time of a step this takes a copy of the touched tensors; `MaskedAdamW` needs none.
+
+    Args:
+        mask: the entries that are trained.
+        dense: names of the parameters trained fully, outside the mask.
+
+    Raises:
+        ModelError: the mask is of another model; up to ten differences are named.
+        UsageError: the model, or a part of it, is under a mask already; an unknown dense name; a
+            tensor that is dense and masked.
+
+    Example:
+        >>> from ird_search.parameters import ParameterSpace
+        >>> model = nn.Linear(2, 1)
+        >>> mask = SparseMask(ParameterSpace.of(model), torch.tensor([1]))
+        >>> before = model.weight.detach().clone()
+        >>> with apply_mask(model, mask) as handle:
+        ...     optimizer = torch.optim.SGD(handle.parameters(), lr=0.1, weight_decay=0.1)
+        ...     model(torch.ones(3, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> model.weight.detach() != before
+        tensor([[False,  True]])
+    """
+    if any(module in _applied for module in model.modules()):
+        raise UsageError(
+            "This model is under a mask already. Remove the first one (`handle.remove()`, or leave "
+            "its `with` block), or apply the union of both masks."
+        )
+    handle = MaskHandle(model, *trained_entries(model, mask, dense))
+    for module in model.modules():
+        _applied[module] = handle
+    return handle
+
+
+class MaskHandle:
+    """A mask in force on a model: what `apply_mask` returns.
+
+    Use it in a `with` statement, or call `remove()` when training is over.
+    """
+
+    def __init__(
+        self, model: nn.Module, masked: tuple[Entries, ...], dense: tuple[Entries, ...]
+    ) -> None:
+        self._trained = (*masked, *dense)
+        self._partial = tuple(e for e in masked if e.index is not None)
+        self._saved: list[tuple[Entries, Tensor]] = []
+        self._required = _require_only(model, list(self.parameters()))
+        for p, _ in self._required:
+            if not p.requires_grad:
+                p.grad = None  # a stale gradient, even of zeros, lets an optimizer decay the tensor
+        for e in self._partial:
+            if e.parameter.grad is not None:
+                e.parameter.grad = e.only(e.parameter.grad)
+        hooks = [e.parameter.register_hook(e.only) for e in self._partial]
+        hooks += _watch_steps(self)
+        self._unhook = weakref.finalize(self, _remove_all, hooks)
+        self._unhook.atexit = False
+
+    @property
+    def count(self) -> int:
+        """How many parameters are trained: the selected entries and the dense tensors."""
+        return sum(e.count for e in self._trained)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters to give to the optimizer."""
+        return (e.parameter for e in self._trained)
+
+    def remove(self) -> None:
+        """Take the mask off: hooks gone, `requires_grad` as before. Again does nothing."""
+        if not self._unhook.alive:
+            return
+        self._put_back()
+        self._unhook()
+        _require_again(self._required)
+        for module in [m for m, handle in _applied.items() if handle is self]:
+            del _applied[module]
+
+    def __enter__(self) -> MaskHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "in force" if self._unhook.alive else "removed"
+        return f"MaskHandle({self.count:,} parameters in {len(self._trained)} tensors, {state})"
+
+    @torch.no_grad()
+    def _save(self, optimizer: Optimizer) -> None:
+        """Before a step: copy the tensors that the optimizer is about to write."""
+        self._put_back()  # if the last step raised, its half-finished work is still there
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._saved = [
+            (e, e.parameter.detach().clone()) for e in self._partial if id(e.parameter) in owned
+        ]
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        """After a step: the old tensors, with the new values of the trained entries."""
+        for e, before in self._saved:
+            tensor = e.parameter.detach()
+            new = e.take(tensor)
+            tensor.copy_(before)
+            e.put(tensor, new)
+        self._saved = []
+
+
+def verify(
+    mask: SparseMask,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    dense: Iterable[str] = (),
+) -> list[str]:
+    """The tensors in which anything but a trained entry changed a bit; empty if the mask held.
+
+    Give it `dict(model.named_parameters())` or, to watch buffers too, `model.state_dict()`; the
+    tensors of `before` must be copies. Names that hold the same values as a masked tensor both
+    before and after are tied to it and may move with it.
+
+    Args:
+        mask: the entries that may have moved.
+        before: tensors by name before training.
+        after: tensors by name after training.
+        dense: names of tensors that may have moved altogether.
+
+    Returns:
+        One sentence a tensor: how many frozen entries moved, or that the tensor is missing.
+
+    Example:
+        >>> from ird_search.parameters import ParameterSpace
+        >>> mask = SparseMask(ParameterSpace(("w",), ((4,),)), torch.tensor([1]))
+        >>> verify(mask, {"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 5.0, 0.1, 0.0])})
+        ['w: 1 of 3 frozen entries moved.']
+    """
+    free = {dense} if isinstance(dense, str) else set(dense)
+    names = [n for n in dict.fromkeys((*mask.space.names, *before, *after)) if n not in free]
+    return [sentence for name in names if (sentence := _violation(name, mask, before, after))]
+
+
+def _violation(
+    name: str, mask: SparseMask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> str:
+    """What is wrong with one tensor, in a sentence; empty when its frozen entries are as before."""
+    old, new = before.get(name), after.get(name)
+    if old is None or new is None:
+        return f"{name}: missing {'before' if old is None else 'after'} training."
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return f"{name}: was {_kind(old)}, is {_kind(new)}."
+    if name in mask.space and old.shape != mask.space.shape(name):
+        return f"{name}: is {_kind(old)}, but {list(mask.space.shape(name))} in the mask."
+    moved, selected = _moved(old, new), mask.indices.get(name, _NONE)
+    moved[selected] = False
+    count, frozen = int(moved.sum()), moved.numel() - selected.numel()
+    if not count or (name not in mask.indices and _is_tied(name, mask, before, after)):
+        return ""
+    return f"{name}: {count:,} of {frozen:,} frozen entries moved."
+
+
+def _watch_steps(handle: MaskHandle) -> list[Any]:
+    """Global hooks around every optimizer's step; they must not keep the handle alive."""
+    reference = weakref.ref(handle)
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            alive._save(optimizer)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            alive._put_back()
+
+    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+def _remove_all(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _require_only(model: nn.Module, trained: list[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Let only `trained` require a gradient; returns what `_require_again` needs."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in trained}
+    for p, _ in before:
+        p.requires_grad_(id(p) in wanted)
+    return before
+
+
+def _require_again(before: list[tuple[nn.Parameter, bool]]) -> None:
+    for p, required in before:
+        p.requires_grad_(required)
+
+
+def _moved(old: Tensor, new: Tensor) -> Tensor:
+    """Which entries changed a bit (so 0 and −0 differ, and NaN equals itself): bool [numel]."""
+    integer = _INTEGER.get(old.element_size())
+    a, b = (t.detach().cpu().reshape(-1) for t in (old, new))
+    return a != b if integer is None else a.view(integer) != b.view(integer)
+
+
+def _is_tied(
+    name: str, mask: SparseMask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> bool:
+    """Whether a state dict's `name` is another name of a masked tensor."""
+    return any(
+        before[other].shape == before[name].shape
+        and torch.equal(before[other], before[name])
+        and torch.equal(after[other], after[name])
+        for other in mask.indices
+        if other in before and other in after
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,468 @@
+"""Loading a model, asking what it takes, and handing it back as it was.
+
+A user's `nn.Module` is used as it is. An id or a directory is loaded without running code from the
+checkpoint and without pickles, under a seed of its own: a fresh head is drawn from the global
+random state, so an unseeded one would differ from run to run.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from ird_search.errors import ModelError, UsageError, nearest
+from ird_search.sources import Source
+
+LOADERS: dict[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "image-classification": AutoModelForImageClassification,
+}
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+SHOWN = 10
+"""Tensors that a message lists."""
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Args:
+        model: the module.
+        processor: its tokenizer or image processor; `None` where none was needed.
+        name: hub id, directory name, or class name.
+        revision: the revision asked for, or the commit that the hub gave.
+        fresh: parameters that the checkpoint lacked, drawn at random under `seed`.
+        pad_id: the token id to fill batches with, where the model has tokens.
+    """
+
+    model: nn.Module
+    processor: Any
+    name: str
+    revision: str | None = None
+    fresh: tuple[str, ...] = ()
+    pad_id: int | None = None
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        fresh = f", fresh: {', '.join(self.fresh)}" if self.fresh else ""
+        return f"LoadedModel({self.name}: {type(self.model).__name__}, {count:,} parameters{fresh})"
+
+
+def load_model(
+    model: nn.Module | str | Path,
+    *,
+    task: str,
+    num_labels: int | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    processor: Any = None,
+    need_processor: bool = True,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a model and its processor, or take the user's.
+
+    Args:
+        model: a module, used as it is; a directory; or a hub id.
+        task: classification, regression, causal-lm or image-classification.
+        num_labels: classes of the data. A checkpoint whose own trained head has as many or more
+            keeps it; otherwise a head of this size is drawn.
+        seed: what a fresh head is drawn from. The caller's random state is left untouched.
+        dtype: dtype of loaded weights; `auto` is float32.
+        processor: a tokenizer or image processor to use instead of the checkpoint's.
+        need_processor: false where the rows are model inputs already.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: it cannot be found, loaded or used, in plain words.
+        UsageError: an unknown task or dtype.
+    """
+    for word, known in ((task, tuple(LOADERS)), (dtype, tuple(DTYPES))):
+        if word not in known:
+            raise UsageError(f"{word!r} is not one of {', '.join(known)}.{nearest(word, known)}")
+    if isinstance(model, nn.Module):
+        return _as_it_is(model, task, processor, need_processor)
+    name = _place(model)
+    with _quiet(), _random_state_kept():
+        torch.manual_seed(seed)
+        loaded, fresh = _load(name, task, num_labels, DTYPES[dtype], revision)
+        if processor is None and need_processor:
+            processor = _load_processor(name, task, revision)
+    _set_pad_token(loaded, processor, task)
+    return LoadedModel(
+        model=loaded,
+        processor=processor,
+        name=Path(name).name if Path(name).is_dir() else name,
+        revision=revision or getattr(loaded.config, "_commit_hash", None),
+        fresh=fresh,
+        pad_id=_pad_id(loaded, processor),
+    )
+
+
+def infer_task(model: nn.Module | str | Path, source: Source) -> str:
+    """The task that a model's class says, else the one that the data suggest.
+
+    Raises:
+        ModelError: a multi-label classifier, which has no single label to take the likelihood of.
+    """
+    if not isinstance(model, nn.Module):
+        return source.kind
+    base = _base(model)
+    config, name = getattr(base, "config", None), type(base).__name__
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise ModelError("A multi-label classifier came; one label a sample is accepted.")
+    if name.endswith("ForImageClassification"):
+        return "image-classification"
+    if name.endswith("ForSequenceClassification"):
+        one = getattr(config, "num_labels", 2) == 1
+        return "regression" if one or problem == "regression" else "classification"
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal-lm"
+    return source.kind
+
+
+def num_labels_of(model: nn.Module | str | Path, source: Source) -> int | None:
+    """Classes that the model tells apart, or those of the data where it cannot be asked.
+
+    A transformers model says it in its config; another module by the width of its last layer, if
+    that is linear.
+    """
+    if not isinstance(model, nn.Module):
+        return source.num_labels
+    config = getattr(_base(model), "config", None)
+    if config is not None and hasattr(config, "num_labels"):
+        return int(config.num_labels)
+    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    if layers and isinstance(layers[-1], nn.Linear):
+        return layers[-1].out_features
+    return source.num_labels
+
+
+def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Class names of the model's config in the order of their ids; `None` for LABEL_0, LABEL_1, …
+
+    Text labels must follow them: a trained head has its own order of classes.
+    """
+    names = getattr(getattr(_base(model), "config", None), "id2label", None) or {}
+    ordered = tuple(str(names[i]) for i in sorted(names))
+    return None if all(name.startswith("LABEL_") for name in ordered) else ordered
+
+
+def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
+    """(longest sample in tokens, number of token ids); `None` where unknown or unlimited."""
+    base = _base(model)
+    config = getattr(base, "config", None)
+    if config is None:
+        return None, None
+    table = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from padding_idx + 1, so its table is that much longer
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            positions = module.num_embeddings - skipped
+    relative = getattr(config, "relative_attention", False)
+    if relative and not getattr(config, "position_biased_input", True):
+        positions = None
+    return (positions if positions and positions > 0 else None), vocabulary
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are not there or not finite.
+
+    Raises:
+        ModelError: parameters on the meta device, or NaN or infinite entries; up to ten tensors
+            are named.
+    """
+    problems = []
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            problems.append(f"{name} {list(p.shape)} is on the meta device: it was never loaded")
+        elif p.is_floating_point() and not bool(torch.isfinite(p).all()):
+            bad = int((~torch.isfinite(p)).sum())
+            problems.append(f"{name}: {bad:,} of {p.numel():,} weights are not finite")
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ModelError(
+            "\n    ".join([f"{len(problems)} tensors cannot be used:", *problems[:SHOWN], *more])
+        )
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+    """Use a model and hand it back as it was, also after an exception.
+
+    Kept: `training` of every submodule, `requires_grad` and `.grad` of every parameter (gradients
+    are set aside meanwhile, so that nothing adds to them), `config.use_cache` (off meanwhile), and
+    the global random states of torch, numpy and Python. Not kept: weights and hooks; who changes
+    those restores them.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with borrowed(model):
+        ...     model.eval().weight.requires_grad_(False).shape
+        torch.Size([1, 2])
+        >>> model.training, model.weight.requires_grad
+        (True, True)
+    """
+    training = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    config: Any = getattr(_base(model), "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    with _random_state_kept():
+        try:
+            for p, _, _ in parameters:
+                p.grad = None
+            if use_cache is not None:
+                config.use_cache = False
+            yield model
+        finally:
+            for module, flag in training:
+                module.training = flag
+            for p, flag, grad in parameters:
+                p.requires_grad_(flag)
+                p.grad = grad
+            if use_cache is not None:
+                config.use_cache = use_cache
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device by name; `auto` is CUDA where there is one, else the CPU (`mps` by name only).
+
+    Raises:
+        UsageError: no such device here.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"Unknown device {device!r}; accepted are auto, cpu, cuda, cuda:1, mps."
+        ) from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UsageError(f"{device} is not available: {count} CUDA devices are visible.")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("mps is not available on this machine.")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"{device} is not supported; accepted are auto, cpu, cuda, cuda:1, mps.")
+    return found
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def _base(model: nn.Module) -> Any:
+    """The model inside a PEFT wrapper (known by its attribute: peft is optional), or itself."""
+    wrapped: Any = model
+    if hasattr(wrapped, "peft_config") and hasattr(wrapped, "get_base_model"):
+        return wrapped.get_base_model()
+    return model
+
+
+def _place(model: str | Path) -> str:
+    """A directory or a hub id, after what can be told without loading."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"{model} holds a PEFT adapter, not a whole model. Load it in Python with "
+                "PeftModel.from_pretrained and pass the wrapped model."
+            )
+        if not (path / "config.json").exists():
+            raise ModelError(
+                f"The directory {model} holds no config.json, so it is no saved model."
+            )
+        return str(path)
+    looks_local = isinstance(model, Path) or path.is_absolute() or str(model).startswith((".", "~"))
+    if looks_local or str(model).count("/") > 1 or path.exists():
+        kind = (
+            "is a file; a directory or a hub id is accepted" if path.exists() else "does not exist"
+        )
+        raise ModelError(f"{model} {kind}.")
+    return str(model)
+
+
+def _load(
+    name: str, task: str, num_labels: int | None, dtype: torch.dtype, revision: str | None
+) -> tuple[Any, tuple[str, ...]]:
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    if revision is None:
+        del where["revision"]
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        model, report = LOADERS[task].from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head of another size is drawn anew, and reported
+            **_head_settings(config, task, num_labels),
+            **where,
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(_why(name, error)) from error
+    replaced = {key[0] for key in report["mismatched_keys"]}
+    parameters = dict(model.named_parameters())
+    fresh = {*report["missing_keys"], *replaced} & parameters.keys()
+    prefix = f"{model.base_model_prefix}."
+    if odd := sorted(key for key in replaced if key.startswith(prefix)):
+        raise ModelError(
+            f"{name}: {key} has another shape than config.json says." for key in odd[:SHOWN]
+        )
+    if len(fresh) == len(parameters):
+        raise ModelError(f"{name} holds no weight of a {type(model).__name__}.")
+    return model, tuple(key for key in parameters if key in fresh)
+
+
+def _head_settings(config: Any, task: str, num_labels: int | None) -> dict[str, Any]:
+    if task == "causal-lm":
+        return {}
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    trained = "ForSequenceClassification", "ForImageClassification"
+    has_head = any(str(a).endswith(trained) for a in config.architectures or ())
+    if num_labels is None or (has_head and config.num_labels >= num_labels):
+        return {}
+    return {"num_labels": num_labels}
+
+
+def _why(name: str, error: BaseException) -> str:
+    """A loading error in plain words."""
+    text = str(error).strip() or type(error).__name__
+    if "connect" in text or "offline mode" in text:
+        return (
+            f"{name!r} is no directory here, and the hub cannot be reached (or HF_HUB_OFFLINE is "
+            "set) and no copy is cached. Pass a local directory, or go online."
+        )
+    if "trust_remote_code" in text:
+        return f"{name!r} needs code from its repository, which is never run here."
+    if "safetensors" in text and "file named" in text:
+        return (
+            f"{name!r} holds no model.safetensors. Pickled weights can run code and are not read: "
+            "save the model again with save_pretrained."
+        )
+    return f"{name!r} could not be loaded: {' '.join(text.splitlines()[:2])}"
+
+
+def _load_processor(name: str, task: str, revision: str | None) -> Any:
+    loader: Any = AutoImageProcessor if task == "image-classification" else AutoTokenizer
+    what = "image processor" if loader is AutoImageProcessor else "tokenizer"
+    where = {} if revision is None else {"revision": revision}
+    try:
+        processor = loader.from_pretrained(name, trust_remote_code=False, **where)
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"No {what} could be loaded from {name!r} ({str(error).strip().splitlines()[0]}). "
+            "Pass one as `processor`."
+        ) from error
+    special = getattr(processor, "all_special_tokens", ())
+    if loader is AutoTokenizer and len(processor) <= len(special):
+        # without vocabulary files an empty tokenizer comes back, which maps all words to unknown
+        raise ModelError(f"{name!r} holds no tokenizer. Pass one as `processor`.")
+    return processor
+
+
+def _as_it_is(model: nn.Module, task: str, processor: Any, need_processor: bool) -> LoadedModel:
+    base: Any = _base(model)
+    origin = str(getattr(base, "name_or_path", "") or "")
+    if processor is None and need_processor:
+        if not origin:
+            raise ModelError(
+                f"The rows need a tokenizer or image processor, and this {type(model).__name__} "
+                "does not say where its own is. Pass one as `processor`."
+            )
+        with _quiet():
+            processor = _load_processor(origin, task, None)
+    text_classifier = type(base).__name__.endswith("ForSequenceClassification")
+    if text_classifier and getattr(base.config, "pad_token_id", None) is None:
+        raise ModelError(
+            f"{type(base).__name__} has no padding token, so it cannot tell where a text in a "
+            "batch ends. Set model.config.pad_token_id (often tokenizer.eos_token_id)."
+        )
+    return LoadedModel(
+        model=model,
+        processor=processor,
+        name=(Path(origin).name if Path(origin).is_dir() else origin) or type(model).__name__,
+        revision=getattr(getattr(base, "config", None), "_commit_hash", None),
+        pad_id=_pad_id(base, processor),
+    )
+
+
+def _set_pad_token(model: Any, processor: Any, task: str) -> None:
+    """Give a loaded classifier without a padding token its tokenizer's, else the end of text.
+
+    GPT-like classifiers read the last token that is not padding; without one they refuse batches.
+    """
+    if task in ("classification", "regression") and model.config.pad_token_id is None:
+        own = (getattr(processor, "pad_token_id", None), getattr(processor, "eos_token_id", None))
+        eos = getattr(model.config, "eos_token_id", None)
+        model.config.pad_token_id = next((i for i in (*own, eos) if i is not None), None)
+
+
+def _pad_id(model: nn.Module, processor: Any) -> int | None:
+    """The model's own padding token first: its code may look for it."""
+    config = getattr(model, "config", None)
+    own = (getattr(config, "pad_token_id", None), getattr(processor, "pad_token_id", None))
+    last = getattr(processor, "eos_token_id", None)
+    return next((int(i) for i in (*own, last) if isinstance(i, int)), None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report and progress bars."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put back the global random states of torch, numpy and Python."""
+    cuda = torch.cuda.is_available()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state_all(states[1])
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

@@ -1,0 +1,231 @@
+"""`ParameterSpace`: one flat coordinate system over the tensors a mask may choose from.
+
+The columns of the samples × parameters matrix F[i, j]. A coordinate is an integer
+0 ≤ j < P; the tensors lie behind one another in the order of `named_parameters()`, each
+flattened row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ird_search.errors import ModelError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The eligible tensors of a model as one axis of length P.
+
+    Args:
+        names: tensor names as `named_parameters()` gives them.
+        shapes: their shapes, in the same order.
+
+    Example:
+        >>> space = ParameterSpace(("w", "b"), ((2, 3), (2,)))
+        >>> space.numel, space.offsets
+        (8, (0, 6, 8))
+        >>> space.split(torch.arange(8.0))["b"]
+        tensor([6., 7.])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> ParameterSpace:
+        """The space of the named parameters of `model` (all of them by default).
+
+        Raises:
+            UsageError: a name is not a parameter of the model.
+        """
+        parameters = dict(model.named_parameters())
+        wanted = set(parameters if names is None else names)
+        if unknown := sorted(wanted - parameters.keys()):
+            raise UsageError(
+                f"{name!r} is not a parameter of this model.{nearest(name, parameters)}"
+                for name in unknown
+            )
+        kept = [name for name in parameters if name in wanted]
+        return cls(tuple(kept), tuple(tuple(parameters[name].shape) for name in kept))
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.shapes) or len(set(self.names)) != len(self.names):
+            raise UsageError("A parameter space needs distinct names and one shape for each.")
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor begins, and P at the end: [len(names) + 1]."""
+        bounds = [0]
+        for shape in self.shapes:
+            bounds.append(bounds[-1] + prod(shape))
+        return tuple(bounds)
+
+    @property
+    def numel(self) -> int:
+        """P, the number of coordinates."""
+        return self.offsets[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted lines `name|shape`: equal for equal sets of tensors."""
+        lines = sorted(
+            f"{name}|{','.join(map(str, shape))}"
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._position
+
+    def span(self, name: str) -> slice:
+        """The coordinates of one tensor."""
+        i = self._position[name]
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor."""
+        return self.shapes[self._position[name]]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector [P], one a tensor, in the tensors' shapes."""
+        return {name: flat[self.span(name)].view(self.shape(name)) for name in self.names}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`: one flat vector [P]."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def localize(self, coords: Tensor) -> dict[str, Tensor]:
+        """Sorted flat coordinates [k] as indices into each tensor; untouched tensors left out."""
+        bounds = torch.searchsorted(coords, torch.tensor(self.offsets, device=coords.device))
+        cuts = bounds.tolist()
+        return {
+            name: coords[cuts[i] : cuts[i + 1]] - self.offsets[i]
+            for i, name in enumerate(self.names)
+            if cuts[i + 1] > cuts[i]
+        }
+
+    def differences(self, model: nn.Module) -> list[str]:
+        """How `model` fails to hold this space, a sentence a tensor; empty when it does."""
+        parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        found = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in parameters:
+                found.append(f"{name} {list(shape)} is missing.{nearest(name, parameters)}")
+            elif parameters[name] != shape:
+                found.append(f"{name} is {list(parameters[name])}, not {list(shape)}")
+        return found
+
+    def __repr__(self) -> str:
+        return f"ParameterSpace({len(self.names)} tensors, {self.numel:,} parameters)"
+
+
+def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the trainable parameters that count as the head.
+
+    The head of a fresh classifier is random: it is trained fully and outside a mask's budget.
+    By default it is
+
+    * for a PEFT model, what `modules_to_save` holds;
+    * for a transformers model with a task head, everything outside the base model, and the pooler
+      (a language model's head is pretrained and is no head here);
+    * for another module, the last layer that holds parameters.
+
+    Args:
+        patterns: regular expressions searched in the names instead; an empty list means no head.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if patterns is not None:
+        return tuple(_matching(trainable, patterns, "head"))
+    if hasattr(model, "peft_config"):
+        return tuple(name for name in trainable if ".modules_to_save." in name)
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        language_model = re.search("LMHead|CausalLM|MaskedLM|Generation", type(model).__name__)
+        if language_model:
+            return ()
+        return tuple(
+            name
+            for name in trainable
+            if not name.startswith(prefix + ".") or "pooler" in name.split(".")
+        )
+    owners = [name for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
+    if len(owners) < 2:
+        return ()
+    return tuple(name for name in trainable if name.rpartition(".")[0] == owners[-1])
+
+
+def embedding_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names of embedding tables, position embeddings and special tokens.
+
+    Everything in an `nn.Embedding`, and what a module whose class is named `…Embeddings` holds
+    itself (as the class token of a vision transformer).
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embeddings"):
+            found += [
+                f"{prefix}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)
+            ]
+    return tuple(found)
+
+
+def candidate_space(
+    model: nn.Module,
+    *,
+    head: Sequence[str] = (),
+    embeddings: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> ParameterSpace:
+    """The tensors a mask may choose from: trainable, not head, not embedding by default.
+
+    Args:
+        head: names that are trained fully, outside the budget.
+        embeddings: whether embedding tables are candidates too.
+        include: regular expressions; where given, only matching names are kept.
+        exclude: regular expressions; matching names are dropped.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        ModelError: nothing is left to choose from.
+    """
+    barred = set(head) | (set() if embeddings else set(embedding_parameters(model)))
+    names = [n for n, p in model.named_parameters() if p.requires_grad and n not in barred]
+    if include:
+        names = _matching(names, include, "include")
+    if exclude:
+        dropped = set(_matching(names, exclude, "exclude"))
+        names = [name for name in names if name not in dropped]
+    if not names:
+        raise ModelError(
+            "No parameter is left for a mask to choose from: every trainable tensor is head, "
+            "embedding or excluded. Unfreeze a part of the model, or change head, include or "
+            "exclude."
+        )
+    return ParameterSpace.of(model, names)
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
+    problems = [
+        f"{what} pattern {pattern!r} matches no trainable parameter. Names look like {names[:3]}."
+        for pattern in patterns
+        if not any(re.search(pattern, name) for name in names)
+    ]
+    if problems:
+        raise UsageError(problems)
+    return [name for name in names if any(re.search(p, name) for p in patterns)]

@@ -1,0 +1,264 @@
+"""`Problem`: what a search works on, made from what the user passed.
+
+Here a model and data become a task, a parameter space and three disjoint sample sets; behind this
+door everything sees the same types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ird_search.artifact import weights_sha256
+from ird_search.config import DataConfig, SearchConfig
+from ird_search.errors import DataError, UsageError
+from ird_search.models import (
+    LoadedModel,
+    check_weights,
+    infer_task,
+    label_names_of,
+    limits_of,
+    load_model,
+    num_labels_of,
+    resolve_device,
+)
+from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
+from ird_search.samples import SampleSet, encode
+from ird_search.seeds import derive
+from ird_search.selection import random_subset
+from ird_search.sources import Source, read_source, read_validation
+from ird_search.task import Task, make_task
+
+HELD_OUT_SHARE = 0.25
+"""At most this share of the data is held out where no evaluation data was given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model, its task, the candidate parameters, and three disjoint sample sets.
+
+    Args:
+        model: on `device`.
+        space: the parameters a mask may choose from.
+        head: the parameters trained fully, outside the budget.
+        train: what proxies train on and the Fisher pool is drawn from.
+        choose: held-out samples that rank candidates.
+        verdict: held-out samples that no choice has seen.
+        source: where model and data came from, for the record.
+    """
+
+    model: nn.Module
+    task: Task
+    space: ParameterSpace
+    head: tuple[str, ...]
+    train: SampleSet
+    choose: SampleSet
+    verdict: SampleSet
+    device: torch.device
+    source: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights, data and candidates: part of every finished unit's address."""
+        sets = (self.train, self.choose, self.verdict)
+        parts = [self.source["weights_sha256"], self.space.fingerprint, *self.head]
+        parts += [s.fingerprint for s in sets]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_samples(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    options: DataConfig,
+    config: SearchConfig,
+    processor: Any = None,
+    revision: str | None = None,
+) -> tuple[LoadedModel, Task, SampleSet, Source]:
+    """Load a model and one data set for it.
+
+    The data are read first: a model that is loaded from a checkpoint gets a head of their classes.
+
+    Raises:
+        DataError, ModelError, UsageError: whatever is wrong with either.
+    """
+    source = read_source(
+        data,
+        text_columns=options.text_columns,
+        label_column=options.label_column,
+        split=options.split,
+        limit=options.limit,
+    )
+    name = infer_task(model, source) if options.task == "auto" else options.task
+    loaded = load_model(
+        model,
+        task=name,
+        num_labels=num_labels_of(model, source) or source.num_labels,
+        seed=derive(config.seed, "fresh head"),
+        dtype=config.dtype,
+        processor=processor,
+        need_processor=not source.tokenised,
+        revision=revision,
+    )
+    check_weights(loaded.model)
+    classes = name in ("classification", "image-classification")
+    labels = num_labels_of(loaded.model, source) if classes else None
+    task = make_task(name, labels)
+    return loaded, task, encode_for(loaded, name, source, labels, options), source
+
+
+def encode_for(
+    loaded: LoadedModel,
+    task: str,
+    source: Source,
+    num_labels: int | None,
+    options: DataConfig,
+    *,
+    label_names: tuple[str, ...] | None = None,
+) -> SampleSet:
+    """Encode a source for a model. Evaluation rows (`label_names` given) may be of one class."""
+    positions, vocabulary = limits_of(loaded.model)
+    return encode(
+        source,
+        task=task,
+        processor=loaded.processor,
+        training=label_names is None,
+        num_labels=num_labels,
+        label_names=label_names or label_names_of(loaded.model),
+        max_length=options.max_length,
+        max_positions=positions,
+        vocab_size=vocabulary,
+        pad_id=loaded.pad_id,
+    )
+
+
+def make_problem(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    eval_data: Any = None,
+    options: DataConfig,
+    config: SearchConfig,
+    processor: Any = None,
+    revision: str | None = None,
+) -> Problem:
+    """Everything a search needs, checked on the CPU before any work starts.
+
+    Evaluation samples come from `eval_data`, else from the validation split of `data`, else a part
+    of `data` is held out. One half of them chooses, the other gives the verdict.
+    """
+    loaded, task, samples, source = open_samples(
+        model, data, options=options, config=config, processor=processor, revision=revision
+    )
+    held_out = _eval_source(data, eval_data, source, options)
+    if held_out is None:
+        samples, held = _hold_out(samples, config)
+    else:
+        labels = getattr(task, "num_labels", None)
+        names = samples.label_names or ()
+        held = encode_for(
+            loaded, _task_name(task, samples), held_out, labels, options, label_names=names
+        )
+        count = min(len(held), config.eval_samples)
+        held = held.select(random_subset(len(held), count, seed=derive(config.seed, "held out")))
+    choose, verdict = _halves(held, config)
+    head = head_parameters(loaded.model, config.head)
+    space = candidate_space(
+        loaded.model,
+        head=head,
+        embeddings=config.embeddings,
+        include=config.include,
+        exclude=config.exclude,
+    )
+    _check_sizes(space, samples, config)
+    device = resolve_device(config.device)
+    return Problem(
+        model=loaded.model.to(device),
+        task=task,
+        space=space,
+        head=head,
+        train=samples,
+        choose=choose,
+        verdict=verdict,
+        device=device,
+        source=_provenance(loaded, task, source, samples, held),
+    )
+
+
+def _eval_source(data: Any, eval_data: Any, source: Source, options: DataConfig) -> Source | None:
+    """Evaluation rows with the same columns as the training rows."""
+    label = source.label_column
+    if eval_data is not None:
+        return read_source(eval_data, text_columns=source.text_columns, label_column=label)
+    if options.split is not None:
+        return None
+    return read_validation(data, text_columns=source.text_columns, label_column=label)
+
+
+def _task_name(task: Task, samples: SampleSet) -> str:
+    pictures = "pixel_values" in samples.inputs[0]
+    return "image-classification" if task.name == "classification" and pictures else task.name
+
+
+def _hold_out(samples: SampleSet, config: SearchConfig) -> tuple[SampleSet, SampleSet]:
+    """(training samples, held-out samples)."""
+    count = min(config.eval_samples, int(HELD_OUT_SHARE * len(samples)))
+    held = random_subset(len(samples), count, seed=derive(config.seed, "held out"))
+    kept = torch.ones(len(samples), dtype=torch.bool)
+    kept[held] = False
+    return samples.select(kept.nonzero().flatten()), samples.select(held)
+
+
+def _halves(held: SampleSet, config: SearchConfig) -> tuple[SampleSet, SampleSet]:
+    if len(held) < 4:
+        raise DataError(
+            f"{len(held)} samples are held out for evaluation; at least 4 are needed: one half "
+            "chooses, the other gives the verdict. Pass eval_data (--eval-data), or at least 16 "
+            "samples of data."
+        )
+    order = torch.randperm(
+        len(held), generator=torch.Generator().manual_seed(derive(config.seed, "halves"))
+    )
+    middle = len(held) // 2
+    return held.select(order[:middle].sort().values), held.select(order[middle:].sort().values)
+
+
+def _check_sizes(space: ParameterSpace, train: SampleSet, config: SearchConfig) -> None:
+    problems = []
+    if config.pool > len(train):
+        problems.append(
+            f"pool is {config.pool}, but {len(train)} samples are there to draw it from. "
+            f"Pass pool={len(train)} (--pool {len(train)}) or less."
+        )
+    if config.budget(space.numel) < 1:
+        problems.append(
+            f"density {config.density:g} of {space.numel:,} candidate parameters rounds to none; "
+            f"the smallest that selects one is {0.5 / space.numel:.1e}."
+        )
+    if problems:
+        raise UsageError(problems)
+
+
+def _provenance(
+    loaded: LoadedModel, task: Task, source: Source, train: SampleSet, held: SampleSet
+) -> dict[str, Any]:
+    return {
+        "base_model": {"id": loaded.name, "revision": loaded.revision},
+        "architecture": type(loaded.model).__name__,
+        "weights_sha256": weights_sha256(loaded.model, exclude=loaded.fresh),
+        "fresh_parameters": list(loaded.fresh),
+        "task": {"name": task.name, **asdict(task)},
+        "dataset": {
+            "origin": source.origin,
+            "samples": len(train),
+            "fingerprint": train.fingerprint,
+            "held_out": len(held),
+            "held_out_fingerprint": held.fingerprint,
+        },
+    }

@@ -1,0 +1,334 @@
+"""Proxies: one short masked fine-tune says how good a mask is.
+
+Every candidate starts from the same weights, sees the same batches in the same order, and is
+scored on the same held-out samples. Its learning rate is its own: one shared rate decides the
+winner by itself, since a random mask wants a rate about 1/√density times that of a Fisher mask.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ird_search.config import SearchConfig
+from ird_search.errors import IRDError, NoProxySucceeded
+from ird_search.freeze import trainable_only
+from ird_search.ledger import Ledger, unit_key
+from ird_search.mask import SparseMask
+from ird_search.optimizer import MaskedAdamW
+from ird_search.parameters import ParameterSpace
+from ird_search.problem import Problem
+from ird_search.samples import SampleSet
+from ird_search.seeds import derive
+from ird_search.task import Task, logits_of
+from ird_search.training import finetune, snapshot
+
+Kind = Literal["ird", "fish", "random", "full", "head"]
+
+RATE_STEP = 10**0.5
+"""Rates are tried a factor of about 3 apart."""
+
+EVAL_TOKENS = 8192
+"""Padded tokens in one batch of an evaluation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What is trained: a mask and the head; everything (`full`); or the head alone (`head`)."""
+
+    kind: Kind
+    mask: SparseMask
+
+    @property
+    def density(self) -> float:
+        """Fraction of the candidate parameters that is trained."""
+        return 1.0 if self.kind == "full" else self.mask.density
+
+    def start_rate(self) -> float:
+        """Where the probe of learning rates begins: the middle one of three.
+
+        For random masks it grows as 1/√density. A Fisher mask holds the entries with large
+        gradients and wants less. The probe goes on past the ends while that helps.
+        """
+        if self.kind == "random":
+            return 1e-3 / max(self.density, 1e-12) ** 0.5
+        if self.kind == "full":
+            return 3e-4
+        if self.kind == "head":
+            return 3e-3
+        return min(3e-3, 3e-4 / max(self.density, 1e-12) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fine-tune at one learning rate and one seed, evaluated on held-out samples.
+
+    Args:
+        loss: mean negative log-likelihood; NaN where the run failed.
+        score: what ranks trials, lower is better: the loss, or 1 − AUC.
+        failure: why there is no score; empty when there is one.
+    """
+
+    rate: float
+    seed: int
+    loss: float
+    score: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.failure
+
+
+@dataclass(frozen=True)
+class ProxyScore:
+    """A candidate's score: its best trial over the learning rates it tried.
+
+    Args:
+        best: the trial with the lowest score (a failed one only where all failed).
+        trials: all of them, in order of the rates.
+    """
+
+    best: Trial
+    trials: tuple[Trial, ...]
+
+    @property
+    def score(self) -> float:
+        """Lower is better; ∞ where every trial failed."""
+        return self.best.score if self.best.ok else float("inf")
+
+    @property
+    def seconds(self) -> float:
+        return sum(t.seconds for t in self.trials)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model's answers on a sample set.
+
+    Args:
+        losses: negative log-likelihood of each sample, float64 [N].
+    """
+
+    losses: Tensor
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, samples: SampleSet, *, device: torch.device
+) -> Evaluation:
+    """Log-likelihoods and metrics in evaluation mode, samples in their own order."""
+    losses = torch.empty(len(samples), dtype=torch.float64)
+    summaries: dict[int, Tensor] = {}
+    with evaluation_mode(model):
+        for batch in samples.length_batches(torch.arange(len(samples)), tokens=EVAL_TOKENS):
+            there = batch.to(device)
+            logits = logits_of(model, there.inputs)
+            losses[batch.rows] = -task.log_likelihood(logits, there.labels).double().cpu()
+            summary = task.summary(logits, there.labels).float().cpu()
+            summaries |= dict(zip(batch.rows.tolist(), summary, strict=True))
+    summary = torch.stack([summaries[i] for i in range(len(samples))])
+    gold = samples.labels if isinstance(samples.labels, Tensor) else torch.empty(0)
+    return Evaluation(losses, task.metrics(summary, gold))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`eval()` within the block; each module's own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Proxies:
+    """Scores candidates by short fine-tunes, all from the same start.
+
+    The model is changed in place and put back, entry by entry, after every fine-tune.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: SearchConfig,
+        ledger: Ledger,
+        *,
+        on_trial: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.problem, self.config, self.ledger = problem, config, ledger
+        self.on_trial = on_trial
+        self._start = "cold"
+
+    def warm_up(self) -> ProxyScore:
+        """Train the head alone for a few steps, for good, at the rate that is best for it.
+
+        The head of a fresh classifier is random; gradients through it say little. What the head
+        learns here is the start of the Fisher pass and of every proxy.
+        """
+        cold = self.score(self.head_only())
+        if self.config.warmup_steps and self.problem.head:
+            seed = derive(self.config.seed, "warm-up")
+            self._train(self.head_only(), cold.best.rate, seed, self.config.warmup_steps)
+            self._start = f"warm {self.config.warmup_steps} {cold.best.rate!r}"
+        return cold
+
+    def head_only(self) -> Candidate:
+        """The candidate without a mask."""
+        return Candidate("head", _empty(self.problem.space))
+
+    def score(self, candidate: Candidate) -> ProxyScore:
+        """The candidate's best trial over learning rates a factor of 3 apart.
+
+        Three rates around its own start; while the best is at an end, one more beyond it.
+        """
+        fixed = self.config.learning_rate
+        if candidate.kind == "head" and not self.problem.head:
+            fixed = candidate.start_rate()  # nothing is trained, so no rate matters
+        if fixed:
+            return _best([self.trial(candidate, fixed)])
+        start = candidate.start_rate()
+        trials = {i: self.trial(candidate, _rate(start, i)) for i in (-1, 0, 1)}
+        for _ in range(3):
+            best = min(trials, key=lambda i: (_score(trials[i]), i))
+            if min(trials) < best < max(trials):
+                break
+            beyond = best - 1 if best == min(trials) else best + 1
+            trials[beyond] = self.trial(candidate, _rate(start, beyond))
+        return _best([trials[i] for i in sorted(trials)])
+
+    def trial(
+        self, candidate: Candidate, rate: float, *, seed: int = 0, verdict: bool = False
+    ) -> Trial:
+        """One fine-tune at one rate, from the ledger where it is done already.
+
+        Args:
+            seed: which order of batches; 0 is the one that candidates are compared on.
+            verdict: evaluate on the samples that no choice has seen.
+        """
+        key = unit_key(self._unit(candidate, rate, seed, verdict))
+        known = self.ledger.get(key)
+        if known is None:
+            known = asdict(self._run(candidate, rate, seed, verdict))
+            self.ledger.put(key, known)
+        self.on_trial()
+        return Trial(**known)
+
+    def _unit(self, candidate: Candidate, rate: float, seed: int, verdict: bool) -> dict[str, Any]:
+        """Everything that the outcome of a trial depends on."""
+        c = self.config
+        settings = (c.proxy_steps, c.batch_size, c.weight_decay, c.score, c.seed)
+        return {
+            "problem": self.problem.fingerprint,
+            "start": self._start,
+            "head_rate": c.head_learning_rate,
+            "settings": settings,
+            "kind": candidate.kind if candidate.kind in ("full", "head") else "mask",
+            "mask": candidate.mask.digest,
+            "rate": rate,
+            "seed": seed,
+            "verdict": verdict,
+        }
+
+    def _run(self, candidate: Candidate, rate: float, seed: int, verdict: bool) -> Trial:
+        began = time.perf_counter()
+        names, p = self._dense(candidate), self.problem
+        saved = snapshot(p.model, candidate.mask, names)
+        try:
+            order = derive(self.config.seed, "batches", seed)
+            self._train(candidate, rate, order, self.config.proxy_steps)
+            samples = p.verdict if verdict else p.choose
+            found = evaluate(p.model, p.task, samples, device=p.device)
+            return self._trial(rate, seed, found, time.perf_counter() - began)
+        except (IRDError, RuntimeError) as problem:
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise
+            seconds = time.perf_counter() - began
+            return Trial(rate, seed, 0.0, 0.0, {}, seconds, str(problem).splitlines()[0])
+        finally:
+            saved.restore()
+
+    def _trial(self, rate: float, seed: int, found: Evaluation, seconds: float) -> Trial:
+        loss = float(found.losses.mean())
+        if not np.isfinite(loss):
+            return Trial(rate, seed, 0.0, 0.0, {}, seconds, "the held-out loss is not finite")
+        score = 1 - found.metrics["auc"] if self.config.score == "auc" else loss
+        return Trial(rate, seed, loss, score, found.metrics, seconds)
+
+    def _dense(self, candidate: Candidate) -> tuple[str, ...]:
+        """Names of the parameters that are trained fully."""
+        if candidate.kind != "full":
+            return self.problem.head
+        return tuple(n for n, p in self.problem.model.named_parameters() if p.requires_grad)
+
+    def _train(self, candidate: Candidate, rate: float, seed: int, steps: int) -> None:
+        """One short fine-tune in place: `steps` batches in an order drawn from `seed`."""
+        p, c = self.problem, self.config
+        dense = self._dense(candidate)
+        if not dense and not candidate.mask.count:
+            return
+        order = shuffled_rows(len(p.train), steps * c.batch_size, seed=derive(seed, "order"))
+        batches = p.train.batches(order, size=c.batch_size)
+        torch.manual_seed(derive(seed, "dropout"))
+        with trainable_only(p.model, candidate.mask, dense=dense):
+            optimizer: torch.optim.Optimizer
+            if candidate.kind == "full":
+                trained = [w for w in p.model.parameters() if w.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=c.weight_decay)
+            else:
+                optimizer = MaskedAdamW(
+                    p.model,
+                    candidate.mask,
+                    lr=rate,
+                    weight_decay=c.weight_decay,
+                    dense=dense,
+                    dense_lr=rate if candidate.kind == "head" else c.head_learning_rate,
+                )
+            there = (batch.to(p.device) for batch in batches)
+            finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
+
+
+def shuffled_rows(total: int, count: int, *, seed: int) -> Tensor:
+    """`count` positions: whole epochs, each in a new order: int64 [count]."""
+    generator = np.random.default_rng(seed)
+    epochs = [generator.permutation(total) for _ in range(-(-count // total))]
+    return torch.from_numpy(np.concatenate(epochs)[:count].astype(np.int64))
+
+
+def require_success(scores: Mapping[str, ProxyScore]) -> None:
+    """At least one proxy must have a score.
+
+    Raises:
+        NoProxySucceeded: with the reason of each.
+    """
+    if scores and not any(s.best.ok for s in scores.values()):
+        raise NoProxySucceeded(f"{name}: {s.best.failure}" for name, s in scores.items())
+
+
+def _best(trials: list[Trial]) -> ProxyScore:
+    return ProxyScore(min(trials, key=_score), tuple(trials))
+
+
+def _score(trial: Trial) -> float:
+    return trial.score if trial.ok else float("inf")
+
+
+def _rate(start: float, i: int) -> float:
+    """start · 3^i, rounded to two digits so that a rate is written as it is."""
+    return float(f"{start * RATE_STEP**i:.1e}")
+
+
+def _empty(space: ParameterSpace) -> SparseMask:
+    return SparseMask(space, torch.empty(0, dtype=torch.int64))

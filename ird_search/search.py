@@ -1,0 +1,192 @@
+"""The search: narrow the rows and the columns of F in turn, and let proxies judge.
+
+    F[i, j] = (∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ)²          samples × parameters
+
+    S₀ = the N pool samples,  R₀ = M₀ = all candidate parameters
+    round t:   S′ = the n′ rows of S with the largest       r_i(M) = Σ_{j∈M} F[i, j]
+               M′ = the k′ columns of a range R′ with the largest  c_j(S′) = 1/|S′| Σ_{i∈S′} F[i, j]
+
+    both      fewer rows; the range is what the mask was        S′,  R′ = M
+    columns   the rows stay; the range is what the mask was     S,   R′ = M
+    rows      fewer rows; the range stays as wide as it was     S′,  R′ = R
+
+A *range* is what is still open, a mask the best k of it; both only ever shrink. Sizes fall
+geometrically: n from N to `min_samples`, k from all candidates to the target. `ladder` makes the
+move `both` each round. `walk` nominates all three, which have the same k′ and so can be compared,
+scores each with a proxy, and moves to the best. Once k is at the target, rows go on shrinking until
+nothing has improved for `patience` rounds. The best pair at the target is returned, not the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ird_search.config import Strategy
+from ird_search.fisher import FisherMatrix
+from ird_search.mask import SparseMask
+from ird_search.proxy import Candidate, ProxyScore, require_success
+from ird_search.selection import decreasing_range, top_k, top_positive
+
+Move = Literal["both", "columns", "rows"]
+MOVES: dict[Strategy, tuple[Move, ...]] = {"ladder": ("both",), "walk": ("both", "columns", "rows")}
+
+Judge = Callable[[Candidate], ProxyScore]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The sizes that rows and columns fall through, largest first."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @classmethod
+    def geometric(
+        cls, samples: int, parameters: int, *, min_samples: int, budget: int, rounds: int
+    ) -> Ranges:
+        """From all samples to `min_samples`, from all parameters to `budget`."""
+        rows = decreasing_range(samples, min(min_samples, samples), rounds)
+        columns = decreasing_range(parameters, budget, rounds)
+        return cls(tuple(rows), tuple(columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A sample set and a mask, and the range that the mask was chosen from.
+
+    Args:
+        rows: S, positions in the pool, increasing.
+        open: R, the columns that were open; None for all.
+        columns: M ⊆ R, the mask; None for all.
+        shrunk: how often the rows have shrunk.
+        step: how often k has fallen.
+    """
+
+    rows: Tensor
+    open: Tensor | None = None
+    columns: Tensor | None = None
+    shrunk: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A pair that a proxy has judged."""
+
+    move: Move
+    pair: Pair
+    mask: SparseMask
+    proxy: ProxyScore
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Better first: the lower score, then the fewer parameters."""
+        return self.proxy.score, self.mask.count
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What one round nominated, and where it went."""
+
+    number: int
+    nominated: tuple[Scored, ...]
+    moved_to: Scored
+
+
+@dataclass(frozen=True, eq=False)
+class SearchState:
+    """Where a search stands: a value, so it can be tested step by step.
+
+    Args:
+        best: the best pair at the target density so far.
+        stale: rounds since the best improved, once there is one.
+    """
+
+    pair: Pair
+    best: Scored | None = None
+    stale: int = 0
+    rounds: tuple[Round, ...] = ()
+
+
+def search(
+    fisher: FisherMatrix,
+    judge: Judge,
+    ranges: Ranges,
+    *,
+    strategy: Strategy = "walk",
+    patience: int = 2,
+    on_round: Callable[[Round], None] | None = None,
+) -> SearchState:
+    """Narrow until the target is reached and nothing has improved for `patience` rounds.
+
+    Args:
+        judge: scores a candidate mask; lower is better.
+        on_round: told of each round as it ends.
+
+    Raises:
+        NoProxySucceeded: every proxy failed.
+    """
+    state = SearchState(Pair(torch.arange(ranges.rows[0])))
+    while state.stale < patience:
+        nominated = tuple(
+            Scored(move, pair, mask, judge(Candidate("ird", mask)))
+            for move, pair, mask in nominate(fisher, state.pair, ranges, MOVES[strategy])
+        )
+        if not nominated:
+            break
+        state = advance(state, nominated, target=len(ranges.columns) - 1)
+        if on_round is not None:
+            on_round(state.rounds[-1])
+    require_success(
+        {f"round {r.number}, {s.move}": s.proxy for r in state.rounds for s in r.nominated}
+    )
+    return state
+
+
+def nominate(
+    fisher: FisherMatrix, pair: Pair, ranges: Ranges, moves: tuple[Move, ...]
+) -> Iterator[tuple[Move, Pair, SparseMask]]:
+    """The pairs that one round compares; what is no new pair is left out."""
+    shrunk = min(pair.shrunk + 1, len(ranges.rows) - 1)
+    step = min(pair.step + 1, len(ranges.columns) - 1)
+    fewer = pair.rows
+    if shrunk > pair.shrunk:
+        fewer = pair.rows[top_k(fisher.row_scores(pair.rows, pair.columns), ranges.rows[shrunk])]
+    seen = {(pair.rows.numel(), _digest(fisher, pair.columns))}
+    for move in moves:
+        rows = pair.rows if move == "columns" else fewer
+        is_open = pair.open if move == "rows" else pair.columns
+        mask = SparseMask(fisher.space, best_columns(fisher, rows, is_open, ranges.columns[step]))
+        key = (rows.numel(), mask.digest)
+        if key not in seen:
+            seen.add(key)
+            went = pair.shrunk if move == "columns" else shrunk
+            yield move, Pair(rows, is_open, mask.coords, went, step), mask
+
+
+def _digest(fisher: FisherMatrix, columns: Tensor | None) -> str:
+    return "all" if columns is None else SparseMask(fisher.space, columns).digest
+
+
+def best_columns(fisher: FisherMatrix, rows: Tensor, is_open: Tensor | None, k: int) -> Tensor:
+    """The k columns of a range with the largest c_j(S), as sorted coordinates: FISH's rule.
+
+    Columns whose score is exactly zero are never taken, so fewer than k may come back.
+    """
+    chosen = top_positive(fisher.column_scores(rows, is_open), k)
+    return chosen if is_open is None else is_open[chosen]
+
+
+def advance(state: SearchState, nominated: tuple[Scored, ...], *, target: int) -> SearchState:
+    """Move to the best nominated pair, and remember the best at the target density."""
+    moved_to = min(nominated, key=lambda s: s.order)
+    done = Round(len(state.rounds) + 1, nominated, moved_to)
+    there = [s for s in nominated if s.pair.step == target and s.proxy.best.ok]
+    best = min([*([state.best] if state.best else []), *there], key=lambda s: s.order, default=None)
+    stale = state.stale + 1 if state.best is not None and best is state.best else 0
+    return replace(state, pair=moved_to.pair, best=best, stale=stale, rounds=(*state.rounds, done))

@@ -1,0 +1,562 @@
+"""`Source`: the user's rows as they came, with what each column is for.
+
+Files, directories, hub data sets, `datasets` objects, torch data sets and plain lists all become
+one `Source`. It knows what the columns mean and how many classes there are, which is what must be
+known before a model is loaded; the model's tokenizer then turns it into a `SampleSet`
+(`ird_search.samples.encode`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from datasets.table import InMemoryTable
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ird_search.errors import DataError, UsageError, nearest
+from ird_search.task import POSITIONAL
+
+Kind = Literal["classification", "regression", "causal-lm", "image-classification"]
+Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+VALIDATION_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "eval")
+"""Names under which a validation split is looked for. `test` is none: it is for the end."""
+
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+TEXT_SINGLES = ("sentence", "text", "review", "content", "comment", "tweet", "document")
+COMPLETION = ("prompt", "completion")
+LABELS = ("label", "labels", "target", "class", "score", "y", "category", "sentiment")
+IDS = ("idx", "id", "index", "guid", "uid", "__index_level_0__")
+NOT_INPUTS = (*IDS, "special_tokens_mask", "offset_mapping", "length")
+"""Columns that tokenising leaves behind and no model takes."""
+
+IMAGES = ("image", "img", "picture", "photo")
+ENCODED = ("input_ids", "pixel_values", "input_values", "input_features", POSITIONAL)
+"""Columns whose presence says that the rows are model inputs already."""
+
+HEAD_ROWS = 64
+"""Rows looked at to tell what a column holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Rows before tokenising, and what their columns are for.
+
+    Args:
+        rows: the rows kept, N of them.
+        ids: the position of each row in what the user passed: [N].
+        kind: the task that the columns suggest.
+        text_columns: one or two columns of text; (prompt, completion) for a language model.
+        label_column: the column with the label, if there is one.
+        image_column: the column with images that a processor must still read.
+        input_columns: columns that are model inputs already.
+        label_names: class names in the order of their ids, where the labels have names.
+        num_labels: number of classes; `None` unless `kind` is a classification.
+        origin: where the rows came from, for messages.
+
+    Example:
+        >>> rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+        >>> source = read_source(rows)
+        >>> source.kind, source.text_columns, source.label_names
+        ('classification', ('text',), ('no', 'yes'))
+    """
+
+    rows: Rows
+    ids: tuple[int, ...]
+    kind: Kind
+    text_columns: tuple[str, ...]
+    label_column: str | None
+    image_column: str | None
+    input_columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    num_labels: int | None
+    origin: str
+
+    @property
+    def tokenised(self) -> bool:
+        """Whether the rows are model inputs already."""
+        return bool(self.input_columns)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns, used or not."""
+        return _columns(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column, in order; `None` where a row lacks it."""
+        return _column(self.rows, name)
+
+    def select(self, rows: Iterable[int]) -> Source:
+        """Some rows, by position, in the order given. What was inferred from all rows stays."""
+        wanted = [int(i) for i in rows]
+        return replace(self, rows=_take(self.rows, wanted), ids=tuple(self.ids[i] for i in wanted))
+
+    def __repr__(self) -> str:
+        used = self.input_columns or self.text_columns or (self.image_column,)
+        label = f", label {self.label_column}" if self.label_column else ""
+        classes = f", {self.num_labels} classes" if self.num_labels else ""
+        return (
+            f"Source({len(self):,} rows of {self.origin}, {self.kind}: "
+            f"{' + '.join(map(str, used))}{label}{classes})"
+        )
+
+
+def read_source(
+    data: Any,
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> Source:
+    """Read what the user passed and tell what its columns are for.
+
+    Args:
+        data: a `datasets.Dataset` or `DatasetDict`, a DataFrame, a torch map-style data set or a
+            list of (x, y) pairs or of dicts, a .csv, .tsv, .json, .jsonl or .parquet file, a
+            directory with one such file a split, or the id of a hub data set (`id` or `id:config`).
+        text_columns: the text column, or the two of a pair; inferred by default.
+        label_column: the label column; inferred by default.
+        split: which split, where `data` has several; `train` by default.
+        limit: keep the first `limit` rows.
+
+    Raises:
+        DataError: nothing there, unreadable, empty, or columns that cannot be told.
+        UsageError: `limit` is not positive.
+
+    Example:
+        >>> read_source([("a film", 1), ("a book", 0)])
+        Source(2 rows of a list, classification: text, label label, 2 classes)
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}; it must be at least 1.")
+    opened, origin = _open(data, split)
+    rows = _normalise(opened, limit, origin)
+    if not len(rows):
+        raise DataError(f"{origin} has no rows.")
+    columns = _name_columns(rows, tuple(text_columns), label_column, origin)
+    names, kind, num_labels = _label_kind(rows, columns)
+    return Source(
+        rows=rows,
+        ids=tuple(range(len(rows))),
+        kind=kind,
+        text_columns=columns.text,
+        label_column=columns.label,
+        image_column=columns.image,
+        input_columns=columns.inputs,
+        label_names=names,
+        num_labels=num_labels,
+        origin=origin,
+    )
+
+
+def read_validation(
+    data: Any,
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    limit: int | None = None,
+) -> Source | None:
+    """The validation split of `data`, or `None` where it has none. Arguments as `read_source`.
+
+    A test split is never taken for it: what a test split chose would no longer be a test.
+    """
+    splits = splits_of(data)
+    split = next((name for name in VALIDATION_SPLITS if name in splits), None)
+    if split is None:
+        return None
+    return read_source(
+        data, text_columns=text_columns, label_column=label_column, split=split, limit=limit
+    )
+
+
+def splits_of(data: Any) -> tuple[str, ...]:
+    """Names of the splits that `data` holds; empty where it is one table."""
+    if isinstance(data, (str, Path)):
+        path = Path(data).expanduser()
+        if path.is_dir():
+            return tuple(_split_files(path))
+        return () if path.exists() or not _hub_id(data) else tuple(_from_hub(str(data)))
+    return tuple(map(str, data)) if isinstance(data, Mapping) else ()
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def _open(data: Any, split: str | None) -> tuple[Any, str]:
+    """The rows in whatever type they come, and a name for messages."""
+    if isinstance(data, (str, Path)):
+        return _open_path(data, split)
+    if isinstance(data, Mapping):
+        return _pick(data, split, f"The {type(data).__name__}")
+    if split is not None:
+        raise DataError(
+            f"split={split!r} was asked for, but this {type(data).__name__} has no splits."
+        )
+    if isinstance(data, DataLoader):
+        raise DataError("A DataLoader came; pass the data set itself (`loader.dataset`).")
+    if isinstance(data, pd.DataFrame):
+        return data.to_dict("records"), "a DataFrame"
+    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, (IterableDataset, datasets.IterableDataset)) or not indexable:
+        raise DataError(
+            f"A {type(data).__name__} came; accepted are a datasets.Dataset or DatasetDict, a "
+            "torch data set with a length, a list of (x, y) pairs or of dicts, a path, or a hub id."
+        )
+    name = type(data).__name__
+    return data, f"a {name}"
+
+
+def _open_path(data: str | Path, split: str | None) -> tuple[Any, str]:
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _open_directory(path, split)
+    if path.is_file():
+        if split is not None:
+            raise DataError(f"split={split!r} was asked for, but {path} is one file.")
+        return _read_file(path), path.name
+    if _hub_id(data):
+        return _pick(_from_hub(str(data)), split, str(data))
+    raise DataError(f"{data} does not exist.{_siblings(path)}")
+
+
+def _pick(splits: Mapping[Any, Any], split: str | None, origin: str) -> tuple[Any, str]:
+    """One split; a data set with a single split needs no name."""
+    named = {str(name): rows for name, rows in splits.items()}
+    if split is None:
+        split = "train" if "train" in named or len(named) != 1 else next(iter(named))
+    if split not in named:
+        raise DataError(
+            f"{origin} has no split {split!r}; it has {', '.join(named) or 'none'}."
+            f"{nearest(split, named)}"
+        )
+    return named[split], f"{origin} ({split})"
+
+
+def _open_directory(path: Path, split: str | None) -> tuple[Any, str]:
+    splits = _split_files(path)
+    if not splits:
+        raise DataError(
+            f"The directory {path} holds no split; files named like train.parquet are looked for "
+            f"({', '.join(FORMATS)})."
+        )
+    files, origin = _pick(splits, split, str(path))
+    parts = [_read_file(file) for file in files]
+    if all(isinstance(part, datasets.Dataset) for part in parts):
+        return datasets.concatenate_datasets(parts), origin
+    return [row for part in parts for row in part], origin
+
+
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    """Files by split: `train.csv`, or the shards `train-00000-of-00002.parquet`."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        match = re.fullmatch(r"(\w+?)(-\d+-of-\d+)?", file.stem)
+        if file.suffix.lower() in FORMATS and file.is_file() and match:
+            found.setdefault(match[1], []).append(file)
+    return found
+
+
+def _hub_id(data: str | Path) -> bool:
+    """Whether a name may be a hub id: `name`, `owner/name`, each with `:config`; never a Path."""
+    if not isinstance(data, str) or Path(data).suffix.lower() in FORMATS:
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", data) is not None
+
+
+def _from_hub(name: str) -> Mapping[Any, Any]:
+    repository, _, config = name.partition(":")
+    try:
+        found: Mapping[Any, Any] = datasets.load_dataset(repository, config or None)
+        return found
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name!r} is neither a file or directory here nor a data set that could be loaded "
+            f"from the hub ({_first_line(error)}). A configuration is named as 'id:config'."
+        ) from error
+
+
+def _siblings(path: Path) -> str:
+    """Files nearby whose names look alike."""
+    return (
+        nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- reading files ------------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> Rows:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise DataError(f"{path} is of no accepted format; accepted are {', '.join(FORMATS)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty.")
+    try:
+        if suffix in (".json", ".jsonl"):
+            return _read_json(path)
+        table = _read_table(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} could not be read as {suffix[1:]}: {_first_line(error)}"
+        ) from error
+    return datasets.Dataset(InMemoryTable(table))
+
+
+def _read_table(path: Path) -> pa.Table:
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_table(path)
+    table = pyarrow.csv.read_csv(
+        path,
+        # a text may hold line breaks; a text that reads "NA" or "null" stays text (pandas drops it)
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+        ),
+    )
+    if odd := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+        raise pa.ArrowInvalid(f"column {odd[0]!r} is not UTF-8 text")
+    return table
+
+
+def _read_json(path: Path) -> list[Mapping[str, Any]]:
+    """A list of objects, or one object a line; the extension does not decide which."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise DataError(f"{path} is empty.")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} could not be read as JSON: {error}.") from error
+    else:
+        rows = [
+            _json_line(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
+    odd = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    if odd:
+        raise DataError(
+            f'{path} must hold objects, as {{"text": …, "label": …}}; row {odd[0]} (counting from '
+            f"0) is a {type(rows[odd[0]]).__name__}."
+        )
+    return list(rows)
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} could not be read as JSON: line {number}, {error.msg} (one object a line, or "
+            "one list of objects, is accepted)."
+        ) from error
+
+
+# --- one shape for rows -------------------------------------------------------------------------
+
+
+def _normalise(data: Any, limit: int | None, origin: str) -> Rows:
+    """A `datasets.Dataset` without format, or a list of dicts; at most `limit` rows."""
+    count = min(len(data), len(data) if limit is None else limit)
+    if isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
+        # `with_format(columns=…)` hides columns on purpose: they stay hidden
+        data = data.with_format(None).select_columns(data.format["columns"])
+        return data if count == len(data) else data.select(range(count))
+    rows = [_as_mapping(data[i], i, origin) for i in range(count)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _as_mapping(row: Any, number: int, origin: str) -> Mapping[str, Any]:
+    if isinstance(row, Mapping):
+        return row
+    if not (isinstance(row, (tuple, list)) and len(row) == 2):
+        raise DataError(
+            f"Row {number} (counting from 0) of {origin} is a {type(row).__name__}; each row must "
+            "be a dict or an (x, y) pair."
+        )
+    x, label = row
+    if isinstance(x, Mapping):
+        return {**x, "label": label}
+    key = "text" if isinstance(x, str) else "image" if _is_picture(x) else POSITIONAL
+    return {key: x, "label": label}
+
+
+def _columns(rows: Rows) -> tuple[str, ...]:
+    if isinstance(rows, datasets.Dataset):
+        return tuple(rows.column_names)
+    return tuple(rows[0]) if rows else ()
+
+
+def _column(rows: Rows, name: str) -> list[Any]:
+    if isinstance(rows, datasets.Dataset):
+        return list(rows[name][:])
+    return [row[name] for row in rows]
+
+
+def _take(rows: Rows, wanted: Sequence[int]) -> Rows:
+    if isinstance(rows, datasets.Dataset):
+        return rows.select(wanted)
+    return [rows[i] for i in wanted]
+
+
+# --- what the columns are for -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Columns:
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    image: str | None = None
+    inputs: tuple[str, ...] = ()
+
+
+def _name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: str) -> _Columns:
+    columns = _columns(rows)
+    asked = [*text, *([label] if label is not None else [])]
+    if unknown := [name for name in asked if name not in columns]:
+        raise DataError(
+            f"{origin} has no column {name!r}; its columns are {', '.join(columns)}."
+            f"{nearest(name, columns)}"
+            for name in unknown
+        )
+    if len(text) > 2:
+        raise DataError(f"One text column, or the two of a pair, are accepted, not {len(text)}.")
+    first = _first_values(rows)
+    encoded = not text and any(name in ENCODED for name in columns)
+    if label is None:
+        # a tokenised language-model row may hold both a class `label` and token `labels`
+        order = ("labels", *LABELS) if encoded else LABELS
+        label = _by_name(columns, order, barred=text)
+    if encoded:
+        left = [c for c in columns if c not in (label, "label", "labels") and c not in NOT_INPUTS]
+        return _Columns(
+            label=label, inputs=tuple(c for c in left if c in ENCODED or _is_numbers(first[c]))
+        )
+    rest = [c for c in columns if c != label and c.lower() not in IDS]
+    if not text and (image := _image_column(rest, first)):
+        return _Columns(label=label, image=image)
+    return _Columns(text=text or _text_columns(rest, first, label, columns, origin), label=label)
+
+
+def _text_columns(
+    rest: list[str],
+    first: Mapping[str, Any],
+    label: str | None,
+    columns: Sequence[str],
+    origin: str,
+) -> tuple[str, ...]:
+    """By name first, then the string columns if there are exactly one or two."""
+    known = {name.lower(): name for name in rest}
+    groups = (
+        ((COMPLETION,) if label is None else ()) + TEXT_PAIRS + tuple((s,) for s in TEXT_SINGLES)
+    )
+    for group in groups:
+        if all(name in known for name in group):
+            return tuple(known[name] for name in group)
+    strings = tuple(name for name in rest if isinstance(first[name], str))
+    if 1 <= len(strings) <= 2:
+        return strings
+    raise DataError(
+        f"Which column of {origin} holds the text cannot be told; its columns are "
+        f"{', '.join(columns)}. Name one, or the two of a pair, with text_columns "
+        "(--text-column)."
+    )
+
+
+def _image_column(rest: list[str], first: Mapping[str, Any]) -> str | None:
+    for name in rest:
+        array = name.lower() in IMAGES and isinstance(first[name], (np.ndarray, Tensor, list))
+        if array or _is_picture(first[name]):
+            return name
+    return None
+
+
+def _by_name(columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str]) -> str | None:
+    known = {name.lower(): name for name in columns if name not in barred}
+    return next((known[name] for name in wanted if name in known), None)
+
+
+def _first_values(rows: Rows) -> dict[str, Any]:
+    """The first value of each column that is not null, among the first rows."""
+    found: dict[str, Any] = dict.fromkeys(_columns(rows))
+    for i in range(min(HEAD_ROWS, len(rows))):
+        missing = [name for name, value in found.items() if value is None]
+        if not missing:
+            break
+        row = rows[i]
+        found.update({name: row[name] for name in missing})
+    return found
+
+
+def _is_numbers(value: Any) -> bool:
+    """A tensor, an array, or a list of numbers (nested or not)."""
+    while isinstance(value, (list, tuple)) and len(value):
+        value = value[0]
+        if isinstance(value, (int, float)):
+            return True
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _is_picture(value: Any) -> bool:
+    """A PIL image, known by its attributes since Pillow is optional."""
+    return hasattr(value, "convert") and hasattr(value, "getbands")
+
+
+# --- what the labels are ------------------------------------------------------------------------
+
+
+def _label_kind(rows: Rows, columns: _Columns) -> tuple[tuple[str, ...] | None, Kind, int | None]:
+    """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them."""
+    if columns.label is None:
+        return None, "causal-lm", None
+    whole: Kind = "image-classification" if columns.image else "classification"
+    if "pixel_values" in columns.inputs:
+        whole = "image-classification"
+    features = rows.features if isinstance(rows, datasets.Dataset) else {}
+    if isinstance(feature := features.get(columns.label), datasets.ClassLabel) and feature.names:
+        return tuple(feature.names), whole, len(feature.names)
+    values = [plain_label(value) for value in _column(rows, columns.label)]
+    if any(isinstance(value, list) for value in values):
+        return None, "causal-lm", None
+    if strings := {value for value in values if isinstance(value, str) and value}:
+        return tuple(sorted(strings)), whole, len(strings)
+    numbers = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    if any(value != int(value) for value in numbers):
+        return None, "regression", None
+    return None, whole, max([2, *(int(v) + 1 for v in numbers)])
+
+
+def plain_label(value: Any) -> Any:
+    """A label as a Python value: a tensor or array of one element as its number, else a list."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return list(value) if isinstance(value, tuple) else value

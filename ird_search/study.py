@@ -1,0 +1,78 @@
+"""The Optuna record of every proxy. Optuna keeps the record; it is not the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from ird_search.proxy import Trial
+
+NAME = "ird-search"
+
+
+class Study:
+    """One Optuna trial for each fine-tune: parameters, score, and what else was seen.
+
+    Args:
+        path: an SQLite file; in memory where left out. An older record there is replaced: the
+            ledger holds the finished units, and a run that goes on tells them again.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        storage = None
+        if path is not None:
+            path.unlink(missing_ok=True)
+            storage = f"sqlite:///{path.resolve()}"
+        with _quiet():
+            # The sampler is named because its default changes between versions.
+            self.study = optuna.create_study(
+                storage=storage,
+                study_name=NAME,
+                direction="minimize",
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            )
+
+    def record(
+        self, trial: Trial, *, kind: str, samples: int | None, parameters: int, stage: str
+    ) -> None:
+        """Tell Optuna of one finished fine-tune. A failed one is a failed trial with its reason."""
+        attributes = {"stage": stage, "seconds": trial.seconds, "seed": trial.seed}
+        attributes |= {f"metric_{k}": v for k, v in trial.metrics.items()}
+        if trial.failure:
+            attributes["failure"] = trial.failure
+        with _quiet():
+            self.study.add_trial(
+                create_trial(
+                    state=TrialState.COMPLETE if trial.ok else TrialState.FAIL,
+                    value=trial.score if trial.ok else None,
+                    params={
+                        "kind": kind,
+                        "samples": samples or 0,
+                        "parameters": parameters,
+                        "learning_rate": trial.rate,
+                    },
+                    distributions={
+                        "kind": CategoricalDistribution(("ird", "fish", "random", "full", "head")),
+                        "samples": IntDistribution(0, 2**31),
+                        "parameters": IntDistribution(0, 2**53),
+                        "learning_rate": FloatDistribution(0, 1e6),
+                    },
+                    user_attrs=attributes,
+                )
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna's own progress lines would mix with ours."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

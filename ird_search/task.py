@@ -1,0 +1,201 @@
+"""`Task`: which log-likelihood to differentiate and which metric to report.
+
+The only place that knows about model families' outputs. Everything else sees a batch of inputs,
+a tensor of labels, and one log-likelihood per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+
+from ird_search.errors import ModelError, UsageError
+
+Inputs = Mapping[str, Tensor]
+POSITIONAL = "input"
+"""The key of an input that is passed by position: `model(x)`."""
+
+IGNORED = -100
+"""A label that carries no likelihood (padding, prompt)."""
+
+
+def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Run the model and return its logits, whatever it wraps them in.
+
+    Labels are never passed, so a model's own loss is never used.
+
+    Raises:
+        ModelError: the output holds no tensor of logits.
+    """
+    output = model(inputs[POSITIONAL]) if set(inputs) == {POSITIONAL} else model(**inputs)
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"The model returned {type(output).__name__}; a tensor of logits, or an output with "
+            "`.logits`, is needed."
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class Task:
+    """The seam between a model family and the search.
+
+    A task turns logits and labels into log p(yᵢ | xᵢ; θ), one number per sample. Subclasses define
+    `log_likelihood`, `summary` and `metrics`.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+
+    def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """log p(yᵢ | xᵢ; θ), float32 or wider: [B]."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The training loss of a batch, a scalar: the mean negative log-likelihood."""
+        return -self.log_likelihood(logits, labels).mean()
+
+    def summary(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What `metrics` needs of each sample: [B, …]."""
+        return logits
+
+    def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
+        """Scores over a whole data set; the task's own `metric` comes first."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One label a sample: log softmax(logits)[y]. Texts, pairs of texts, or images.
+
+    Args:
+        num_labels: number of classes C; logits are [B, C].
+    """
+
+    num_labels: int
+    name: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "accuracy"
+
+    def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return -F.cross_entropy(_wide(logits), labels, reduction="none")
+
+    def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
+        predicted, gold = summary.argmax(-1).cpu().numpy(), labels.cpu().numpy()
+        found = {"accuracy": float((predicted == gold).mean()), "f1": _f1(predicted, gold)}
+        if self.num_labels == 2:
+            found["matthews"] = _correlation(predicted, gold)
+            found["auc"] = _auc((summary[:, 1] - summary[:, 0]).float().cpu().numpy(), gold)
+        return found
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """One number a sample, Gaussian with unit variance: −½ (y − f(x))² − ½ log 2π."""
+
+    name: ClassVar[str] = "regression"
+    metric: ClassVar[str] = "pearson"
+
+    def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        error = _wide(logits).reshape(labels.shape) - labels
+        return -0.5 * error.square() - 0.5 * math.log(2 * math.pi)
+
+    def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
+        predicted, gold = summary.reshape(-1).cpu().numpy(), labels.cpu().numpy()
+        return {
+            "pearson": _correlation(predicted, gold),
+            "spearman": _correlation(stats.rankdata(predicted), stats.rankdata(gold)),
+            "mse": float(np.square(predicted - gold).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Next-token prediction: Σ_t log p(y_t | y_<t), one number per sequence.
+
+    Labels are [B, T], aligned with the inputs; −100 (padding, prompt) is left out.
+    """
+
+    name: ClassVar[str] = "causal-lm"
+    metric: ClassVar[str] = "perplexity"
+
+    def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        picked = F.cross_entropy(
+            _wide(logits[:, :-1]).flatten(0, 1),
+            labels[:, 1:].flatten(),
+            reduction="none",
+            ignore_index=IGNORED,
+        )
+        return -picked.view(labels.shape[0], -1).sum(-1)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the batch's predicted tokens, as trainers of language models use it."""
+        return -self.log_likelihood(logits, labels).sum() / (labels[:, 1:] != IGNORED).sum()
+
+    def summary(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(negative log-likelihood, predicted tokens) of each sequence: [B, 2]."""
+        tokens = (labels[:, 1:] != IGNORED).sum(-1)
+        return torch.stack([-self.log_likelihood(logits, labels), tokens.float()], -1)
+
+    def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
+        nll, tokens = summary.double().sum(0).tolist()
+        return {"perplexity": math.exp(min(nll / tokens, 700.0))}
+
+
+def make_task(name: str, num_labels: int | None = None) -> Task:
+    """A task by its name; `image-classification` is a classification.
+
+    Raises:
+        UsageError: an unknown name, or a classification with fewer than two classes.
+    """
+    if name in ("classification", "image-classification"):
+        if num_labels is None or num_labels < 2:
+            raise UsageError(f"A classification needs two classes or more, not {num_labels}.")
+        return Classification(num_labels)
+    plain: dict[str, type[Task]] = {"regression": Regression, "causal-lm": CausalLM}
+    if name not in plain:
+        raise UsageError(f"Unknown task {name!r}; known are classification, {', '.join(plain)}.")
+    return plain[name]()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: half precision loses the tail of a log-likelihood."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _f1(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """F1 of class 1 for two classes, the macro average for more; 0 where undefined."""
+    classes = np.union1d(gold, predicted)
+    wanted = [1] if classes.size <= 2 else classes
+    scores = []
+    for c in wanted:
+        hits = float(((predicted == c) & (gold == c)).sum())
+        total = float((predicted == c).sum() + (gold == c).sum())
+        scores.append(2 * hits / total if total else 0.0)
+    return float(np.mean(scores))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation, 0 where one side is constant (as Matthews' is defined)."""
+    if a.std() == 0 or b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(a.astype(float), b.astype(float))[0, 1])
+
+
+def _auc(margin: np.ndarray, gold: np.ndarray) -> float:
+    """Area under the ROC curve by ranks (ties count half); ½ where one class is missing."""
+    positives = int((gold == 1).sum())
+    negatives = gold.size - positives
+    if not positives or not negatives:
+        return 0.5
+    ranks = stats.rankdata(margin)[gold == 1].sum()
+    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))

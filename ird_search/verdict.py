@@ -1,0 +1,208 @@
+"""The verdict: the winner beside its controls, on samples that no choice has seen.
+
+The best of many noisy proxies looks better than it is. So the numbers that count come from other
+held-out samples and other seeds, and every control has a learning rate of its own, found by the
+same probe. When a random mask is as good, the verdict says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import stats
+
+from ird_search.fisher import FisherMatrix
+from ird_search.mask import SparseMask
+from ird_search.parameters import ParameterSpace
+from ird_search.proxy import Candidate, Kind, Proxies, ProxyScore, Trial
+from ird_search.samples import SampleSet
+from ird_search.search import Scored, best_columns
+from ird_search.seeds import derive
+from ird_search.selection import random_subset
+
+NAMES: dict[Kind, str] = {
+    "ird": "IRD (this mask)",
+    "fish": "FISH, random samples",
+    "random": "random mask",
+    "full": "full fine-tuning",
+    "head": "head only",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table.
+
+    Args:
+        samples: rows that the mask was computed from; None where there were none.
+        parameters: how many are trained beside the head.
+        rate: its best learning rate.
+        choose: score on the samples that choose, lower is better.
+        losses: mean held-out loss on the verdict samples, one for each seed.
+        metric: the task's metric there, the mean over seeds.
+        failure: why there are no numbers; empty when there are.
+    """
+
+    kind: Kind
+    samples: int | None
+    density: float
+    parameters: int
+    rate: float
+    choose: float
+    losses: tuple[float, ...]
+    metric: float
+    failure: str = ""
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean(self.losses)) if self.losses else float("nan")
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; the winner's is the noise floor."""
+        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The table and its one plain sentence."""
+
+    entries: tuple[Entry, ...]
+    metric_name: str
+    samples: int
+
+    def __getitem__(self, kind: Kind) -> Entry:
+        return next(e for e in self.entries if e.kind == kind)
+
+    @property
+    def noise(self) -> float:
+        """The noise floor: the same mask under other seeds, standard deviation of its loss."""
+        return self["ird"].spread
+
+    def against(self, kind: Kind) -> tuple[float, float]:
+        """(mean, half width of the 95% interval) of the winner's gain in loss, by seed.
+
+        Student's t over the seeds; the half width is infinite with fewer than two.
+        """
+        pairs = zip(self[kind].losses, self["ird"].losses, strict=True)
+        gains = np.array([theirs - ours for theirs, ours in pairs])
+        if gains.size == 0:
+            return float("nan"), float("inf")
+        if gains.size < 2:
+            return float(gains.mean()), float("inf")
+        width = stats.t.ppf(0.975, gains.size - 1) * gains.std(ddof=1) / gains.size**0.5
+        return float(gains.mean()), float(width)
+
+    def sentence(self, kind: Kind = "random") -> str:
+        """Better, worse, or no better than a control: in words."""
+        other = f"{'a ' if kind == 'random' else ''}{NAMES[kind]}"
+        gain, width = self.against(kind)
+        seeds = len(self["ird"].losses)
+        if not np.isfinite(gain):
+            return f"Nothing can be said against {other}: {self[kind].failure or 'no scores'}."
+        if not np.isfinite(width):
+            return f"One seed cannot tell the mask from {other} (difference {gain:+.4f} in loss)."
+        figures = f"{abs(gain):.4f} ± {width:.4f} in held-out loss ({seeds} seeds)"
+        if gain > width:
+            return f"Better than {other} of the same size by {figures}."
+        if gain < -width:
+            return f"Worse than {other} of the same size by {figures}."
+        return (
+            f"No better than {other} of the same size here: "
+            f"difference {gain:+.4f} ± {width:.4f} in held-out loss ({seeds} seeds)."
+        )
+
+
+def give_verdict(
+    winner: Scored,
+    fisher: FisherMatrix,
+    proxies: Proxies,
+    *,
+    seeds: int,
+    seed: int,
+    on_entry: Callable[[Kind, ProxyScore], None] | None = None,
+) -> Verdict:
+    """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
+
+    Random controls draw another mask, or other rows, for each seed.
+    """
+    entries = []
+    for kind, candidate in _controls(winner, fisher, proxies, seed=seed):
+        first = candidate(0)
+        probe = winner.proxy if kind == "ird" else proxies.score(first)
+        if on_entry is not None:
+            on_entry(kind, probe)
+        trials = []
+        if probe.best.ok:
+            rate = probe.best.rate
+            trials = [
+                proxies.trial(candidate(s), rate, seed=s, verdict=True) for s in range(1, seeds + 1)
+            ]
+        rows = winner.pair.rows.numel() if kind in ("ird", "fish") else None
+        metric = proxies.problem.task.metric
+        entries.append(_entry(kind, rows, first, probe, trials, proxies, metric))
+    problem = proxies.problem
+    return Verdict(tuple(entries), problem.task.metric, len(problem.verdict))
+
+
+def _controls(
+    winner: Scored, fisher: FisherMatrix, proxies: Proxies, *, seed: int
+) -> Iterator[tuple[Kind, Callable[[int], Candidate]]]:
+    space, count = winner.mask.space, winner.mask.count
+    yield "ird", lambda s: Candidate("ird", winner.mask)
+    yield (
+        "fish",
+        partial(_fish, fisher, proxies.problem.train, winner.pair.rows.numel(), count, seed),
+    )
+    yield "random", partial(_random, space, count, seed)
+    yield "full", lambda s: Candidate("full", proxies.head_only().mask)
+    yield "head", lambda s: proxies.head_only()
+
+
+def _fish(
+    fisher: FisherMatrix, train: SampleSet, rows: int, count: int, seed: int, s: int
+) -> Candidate:
+    """FISH Mask (Sung et al. 2021): random training rows, the columns with the largest mean."""
+    drawn = random_subset(len(train), rows, seed=derive(seed, "fish", s))
+    there = fisher.on(train.select(drawn))
+    columns = best_columns(there, torch.arange(rows), None, count)
+    return Candidate("fish", SparseMask(fisher.space, columns))
+
+
+def _random(space: ParameterSpace, count: int, seed: int, s: int) -> Candidate:
+    coords = random_subset(space.numel, count, seed=derive(seed, "random mask", s))
+    return Candidate("random", SparseMask(space, coords))
+
+
+def _entry(
+    kind: Kind,
+    rows: int | None,
+    candidate: Candidate,
+    probe: ProxyScore,
+    trials: list[Trial],
+    proxies: Proxies,
+    metric: str,
+) -> Entry:
+    bad = next((t for t in (probe.best, *trials) if not t.ok), None)
+    problem = proxies.problem
+    trained = (
+        sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
+        - sum(problem.model.get_parameter(n).numel() for n in problem.head)
+        if kind == "full"
+        else candidate.mask.count
+    )
+    return Entry(
+        kind=kind,
+        samples=rows,
+        density=candidate.density,
+        parameters=trained,
+        rate=probe.best.rate,
+        choose=probe.score,
+        losses=() if bad else tuple(t.loss for t in trials),
+        metric=float("nan") if bad else float(np.mean([t.metrics[metric] for t in trials])),
+        failure=bad.failure if bad else "",
+    )
