@@ -19,7 +19,7 @@ demo: $(BIN)/ird-search
 	$(BIN)/ird-search demo --output runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

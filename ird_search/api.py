@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
+from ird_search.borrow import borrowed
 from ird_search.config import DataConfig, SearchConfig, split_settings
+from ird_search.devices import resolve_device
 from ird_search.errors import ModelError
 from ird_search.fisher import Engine, FisherMatrix, make_engine
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
-from ird_search.models import borrowed, resolve_device
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.problem import Problem, make_problem, open_samples
 from ird_search.progress import Progress
@@ -139,16 +140,24 @@ def search_mask(
     from_keywords, options = split_settings(settings)
     config = config.replace(**from_keywords) if config else SearchConfig(**from_keywords)
     place = RunDirectory(Path(output)) if output is not None else None
-    with _claimed(place, model, data, eval_data, options, config, revision):
-        problem_of = {"options": options, "config": config, "processor": processor}
-        with _as_it_came(model):
-            problem = make_problem(
-                model, data, eval_data=eval_data, revision=revision, **problem_of
-            )
-            with _as_it_came(problem.model):
-                result = _Run(problem, config, place, Progress(progress)).result()
-        if place is not None:
-            result.save(place.path)
+    replay = _replay(model, data, eval_data, options, config, revision)
+    if place is not None:
+        place.check(replay)  # before the work of loading
+    with _as_it_came(model):
+        problem = make_problem(
+            model,
+            data,
+            eval_data=eval_data,
+            options=options,
+            config=config,
+            processor=processor,
+            revision=revision,
+        )
+        # Claimed only now: bad data or a bad setting must not leave a directory in use.
+        with place.claimed(replay) if place else nullcontext(), _as_it_came(problem.model):
+            result = _Run(problem, config, place, Progress(progress)).result()
+            if place is not None:
+                result.save(place.path)
     return result
 
 
@@ -398,21 +407,16 @@ def _as_it_came(model: Any) -> Iterator[None]:
             model.to(first.device)
 
 
-@contextmanager
-def _claimed(
-    place: RunDirectory | None,
+def _replay(
     model: Any,
     data: Any,
     eval_data: Any,
     options: DataConfig,
     config: SearchConfig,
     revision: str | None,
-) -> Iterator[None]:
-    """Hold the run directory under the settings that make the run again."""
-    if place is None:
-        yield
-        return
-    settings = {
+) -> dict[str, Any]:
+    """The settings that make a run again: its `config.yaml`."""
+    return {
         "model": _name(model),
         "revision": revision,
         "data": _name(data),
@@ -420,8 +424,6 @@ def _claimed(
         **options.to_dict(),
         **config.to_dict(),
     }
-    with place.claimed(settings):
-        yield
 
 
 def _name(thing: Any) -> str | None:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import json
 import os
-import re
 import signal
 import sys
 import types
@@ -23,8 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ird_search.config import DataConfig, SearchConfig
-from ird_search.errors import IRDError, ResourceError, UsageError
+from ird_search.config import DataConfig, SearchConfig, split_settings
+from ird_search.errors import IRDError, ResourceError, UsageError, out_of_memory
 
 app = typer.Typer(
     name="ird-search",
@@ -41,7 +40,6 @@ Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask file, 6 no proxy succeeded,
 
 GOES_ON = "The same command goes on where this one stopped."
 SMALLER = "Lower --batch-size, --fisher-tokens or --cache-mb."
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
@@ -60,7 +58,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             command(*args, **kwargs)
         except IRDError as error:
@@ -70,9 +68,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except _Terminated:
             _end(f"Terminated. {GOES_ON}", 128 + signal.SIGTERM)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            if not out_of_memory(error):
                 raise
             _end(f"ird-search: out of memory. {SMALLER} {GOES_ON}", ResourceError.exit_code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return run
 
@@ -164,6 +164,7 @@ def run(
         raise UsageError(
             f"--{k} is missing: {'what to search' if k == 'model' else 'on what'}." for k in missing
         )
+    split_settings({k: v for k, v in settings.items() if k not in given})  # before torch comes
     api = import_module("ird_search.api")
     result = api.search_mask(
         settings.pop("model"), settings.pop("data"), output=output, progress=True, **settings
@@ -216,7 +217,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     found = import_module("ird_search.rundir").read_config(path)
-    return {k: v for k, v in found.items() if v not in (None, [])}
+    return {k: v for k, v in found.items() if v is not None}  # an empty list does mean something
 
 
 def _show(result: Any, output: Path, as_json: bool) -> None:
@@ -233,7 +234,7 @@ def _show(result: Any, output: Path, as_json: bool) -> None:
         "samples": result.samples.ids.tolist(),
         "density": result.mask.density,
         "parameters": result.mask.count,
-        "score": result.score,
+        "score": result.score if result.score == result.score else None,
         **{k: result.provenance[k] for k in ("learning_rate", "verdict", "sentence", "fisher")},
     }
     print(json.dumps(document, indent=1))
@@ -242,6 +243,9 @@ def _show(result: Any, output: Path, as_json: bool) -> None:
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait made a fine-tune five times slower beside one other busy
+    # process. Read when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from ird_search.api import SearchResult, search_mask
+from ird_search.borrow import borrowed
 from ird_search.errors import UsageError
-from ird_search.models import borrowed
 from ird_search.progress import Progress
-from ird_search.proxy import evaluate, shuffled_rows
+from ird_search.proxy import evaluate, training_batches
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
+from ird_search.selection import random_subset
 from ird_search.task import Classification
 from ird_search.training import finetune
 
@@ -30,14 +31,15 @@ except ImportError:  # an extra: nothing else needs scikit-learn
     load_digits = None
 
 PRETRAIN_STEPS = 400
+HELD_OUT = 400
+"""Of the 896 images of 5-9: 200 choose, 200 give the verdict."""
 SETTINGS: dict[str, Any] = {
     "density": 0.005,
     "pool": 128,
-    "rounds": 3,
     "proxy_steps": 60,
     "warmup_steps": 60,
-    "eval_samples": 400,
-    "seeds": 5,
+    "eval_samples": HELD_OUT,
+    "seeds": 8,
 }
 
 
@@ -51,7 +53,17 @@ def run(output: Path, *, seed: int = 0) -> SearchResult:
     known, new = digits()
     model = pretrained(known, seed=seed, show=show)
     rows = [{**x, "label": int(y)} for x, y in zip(new.inputs, new.labels, strict=True)]
-    return search_mask(model, rows, output=output, seed=seed, progress=True, **SETTINGS)
+    held = random_subset(len(rows), HELD_OUT, seed=derive(seed, "demo, held out")).tolist()
+    train = [row for i, row in enumerate(rows) if i not in set(held)]
+    return search_mask(
+        model,
+        train,
+        eval_data=[rows[i] for i in held],
+        output=output,
+        seed=seed,
+        progress=True,
+        **SETTINGS,
+    )
 
 
 def digits() -> tuple[SampleSet, SampleSet]:
@@ -84,11 +96,10 @@ def pretrained(known: SampleSet, *, seed: int, show: Progress) -> ViTForImageCla
         model = ViTForImageClassification(config)
         fresh = ViTForImageClassification(config).classifier
     show.say(f"Pretraining a vision transformer ({model.num_parameters():,} parameters) on 0-4 …")
-    order = shuffled_rows(len(known), PRETRAIN_STEPS * 64, seed=derive(seed, "pretraining"))
+    rows = training_batches(known, PRETRAIN_STEPS, size=64, seed=derive(seed, "pretraining"))
     with borrowed(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-        batches = known.batches(order, size=64)
-        finetune(model, task, batches, optimizer=optimizer, steps=PRETRAIN_STEPS)
+        finetune(model, task, [known.batch(r) for r in rows], optimizer=optimizer)
         found = evaluate(model, task, known, device=cpu)
     show.say(f"… accuracy on these {found.metrics['accuracy']:.3f}. Now a mask for 5-9.")
     model.classifier = fresh

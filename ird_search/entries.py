@@ -88,12 +88,13 @@ class Entries:
 
 
 def trained_entries(
-    model: nn.Module, mask: SparseMask, dense: Iterable[str] = ()
+    model: nn.Module, mask: SparseMask, dense: Iterable[str] = (), *, allow_none: bool = False
 ) -> tuple[tuple[Entries, ...], tuple[Entries, ...]]:
     """The selected entries of `mask`, and the tensors that are trained whole.
 
     Args:
         dense: names of parameters that are trained fully, outside the mask (the head).
+        allow_none: whether nothing at all may be trained (a model without a head has no baseline).
 
     Raises:
         ModelError: the mask is of another model, or selects entries that are not real numbers.
@@ -111,6 +112,8 @@ def trained_entries(
         )
     parameters = dict(model.named_parameters())
     whole = _checked_dense(parameters, mask, dense)
+    if not whole and not mask.count and not allow_none:
+        raise UsageError("The mask is empty and no tensor is dense: nothing would be trained.")
     if unreal := [n for n in (*mask.indices, *whole) if not parameters[n].is_floating_point()]:
         raise ModelError(
             f"{name!r} holds {parameters[name].dtype}; only real floats can be trained."
@@ -139,8 +142,6 @@ def _checked_dense(
         for name in names
         if name in mask.indices
     ]
-    if not names and not mask.count:
-        problems.append("The mask is empty and no tensor is dense: nothing would be trained.")
     if problems:
         raise UsageError(problems)
     return names

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class IRDError(Exception):
@@ -62,6 +65,13 @@ class ResourceError(IRDError, RuntimeError):
     """The machine ran out of memory or disk; the run can be continued."""
 
     exit_code = 75
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's own error, or what torch says on a GPU or on the CPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -46,7 +46,7 @@ class Ledger:
     def get(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit, or None."""
         if key not in self._units and self.directory is not None:
-            unit = self._read(self.directory / f"{key}.json")
+            unit = self._read(key, self.directory / f"{key}.json")
             if unit is not None:
                 self._units[key] = unit
         return self._units.get(key)
@@ -58,11 +58,11 @@ class Ledger:
             text = json.dumps({"key": key, "sha256": _sum(result), "result": dict(result)})
             write_atomically(self.directory / f"{key}.json", text.encode())
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, key: str, path: Path) -> dict[str, Any] | None:
         try:
             stored = json.loads(path.read_bytes())
             result = stored["result"]
-            return result if stored["sha256"] == _sum(result) else None
+            return result if (stored["key"], stored["sha256"]) == (key, _sum(result)) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -86,8 +86,8 @@ class SparseMask:
 
     @property
     def density(self) -> float:
-        """Fraction of the space that is selected."""
-        return self.count / self.space.numel
+        """Fraction of the space that is selected; 0 in an empty one."""
+        return self.count / self.space.numel if self.space.numel else 0.0
 
     @cached_property
     def indices(self) -> dict[str, Tensor]:

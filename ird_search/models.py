@@ -1,4 +1,4 @@
-"""Loading a model, asking what it takes, and handing it back as it was.
+"""Loading a model, and asking what it takes.
 
 A user's `nn.Module` is used as it is. An id or a directory is loaded without running code from the
 checkpoint and without pickles, under a seed of its own: a fresh head is drawn from the global
@@ -8,14 +8,12 @@ random state, so an unseeded one would differ from run to run.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -29,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ird_search.borrow import random_state_kept, unwrapped
 from ird_search.errors import ModelError, UsageError, nearest
 from ird_search.sources import Source
 
@@ -54,7 +53,8 @@ class LoadedModel:
         processor: its tokenizer or image processor; `None` where none was needed.
         name: hub id, directory name, or class name.
         revision: the revision asked for, or the commit that the hub gave.
-        fresh: parameters that the checkpoint lacked, drawn at random under `seed`.
+        fresh: parameters that the checkpoint lacked, drawn at random under `seed`; names as
+            `named_parameters()` gives them, so neither buffers nor second names of tied weights.
         pad_id: the token id to fill batches with, where the model has tokens.
     """
 
@@ -105,7 +105,7 @@ def load_model(
     if isinstance(model, nn.Module):
         return _as_it_is(model, task, processor, need_processor)
     name = _place(model)
-    with _quiet(), _random_state_kept():
+    with _quiet(), random_state_kept():
         torch.manual_seed(seed)
         loaded, fresh = _load(name, task, num_labels, DTYPES[dtype], revision)
         if processor is None and need_processor:
@@ -129,7 +129,7 @@ def infer_task(model: nn.Module | str | Path, source: Source) -> str:
     """
     if not isinstance(model, nn.Module):
         return source.kind
-    base = _base(model)
+    base = unwrapped(model)
     config, name = getattr(base, "config", None), type(base).__name__
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
@@ -152,7 +152,7 @@ def num_labels_of(model: nn.Module | str | Path, source: Source) -> int | None:
     """
     if not isinstance(model, nn.Module):
         return source.num_labels
-    config = getattr(_base(model), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     if config is not None and hasattr(config, "num_labels"):
         return int(config.num_labels)
     layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
@@ -166,14 +166,14 @@ def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
 
     Text labels must follow them: a trained head has its own order of classes.
     """
-    names = getattr(getattr(_base(model), "config", None), "id2label", None) or {}
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
     ordered = tuple(str(names[i]) for i in sorted(names))
     return None if all(name.startswith("LABEL_") for name in ordered) else ordered
 
 
 def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
     """(longest sample in tokens, number of token ids); `None` where unknown or unlimited."""
-    base = _base(model)
+    base = unwrapped(model)
     config = getattr(base, "config", None)
     if config is None:
         return None, None
@@ -212,81 +212,7 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def borrowed(model: nn.Module) -> Iterator[nn.Module]:
-    """Use a model and hand it back as it was, also after an exception.
-
-    Kept: `training` of every submodule, `requires_grad` and `.grad` of every parameter (gradients
-    are set aside meanwhile, so that nothing adds to them), `config.use_cache` (off meanwhile), and
-    the global random states of torch, numpy and Python. Not kept: weights and hooks; who changes
-    those restores them.
-
-    Example:
-        >>> model = nn.Linear(2, 1)
-        >>> with borrowed(model):
-        ...     model.eval().weight.requires_grad_(False).shape
-        torch.Size([1, 2])
-        >>> model.training, model.weight.requires_grad
-        (True, True)
-    """
-    training = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    config: Any = getattr(_base(model), "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    with _random_state_kept():
-        try:
-            for p, _, _ in parameters:
-                p.grad = None
-            if use_cache is not None:
-                config.use_cache = False
-            yield model
-        finally:
-            for module, flag in training:
-                module.training = flag
-            for p, flag, grad in parameters:
-                p.requires_grad_(flag)
-                p.grad = grad
-            if use_cache is not None:
-                config.use_cache = use_cache
-
-
-def resolve_device(device: str) -> torch.device:
-    """A device by name; `auto` is CUDA where there is one, else the CPU (`mps` by name only).
-
-    Raises:
-        UsageError: no such device here.
-
-    Example:
-        >>> resolve_device("cpu")
-        device(type='cpu')
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(
-            f"Unknown device {device!r}; accepted are auto, cpu, cuda, cuda:1, mps."
-        ) from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise UsageError(f"{device} is not available: {count} CUDA devices are visible.")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("mps is not available on this machine.")
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"{device} is not supported; accepted are auto, cpu, cuda, cuda:1, mps.")
-    return found
-
-
 # --- loading ------------------------------------------------------------------------------------
-
-
-def _base(model: nn.Module) -> Any:
-    """The model inside a PEFT wrapper (known by its attribute: peft is optional), or itself."""
-    wrapped: Any = model
-    if hasattr(wrapped, "peft_config") and hasattr(wrapped, "get_base_model"):
-        return wrapped.get_base_model()
-    return model
 
 
 def _place(model: str | Path) -> str:
@@ -393,7 +319,7 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
 
 
 def _as_it_is(model: nn.Module, task: str, processor: Any, need_processor: bool) -> LoadedModel:
-    base: Any = _base(model)
+    base: Any = unwrapped(model)
     origin = str(getattr(base, "name_or_path", "") or "")
     if processor is None and need_processor:
         if not origin:
@@ -450,19 +376,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put back the global random states of torch, numpy and Python."""
-    cuda = torch.cuda.is_available()
-    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state_all(states[1])
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

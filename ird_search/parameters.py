@@ -117,12 +117,16 @@ class ParameterSpace:
         }
 
     def differences(self, model: nn.Module) -> list[str]:
-        """How `model` fails to hold this space, a sentence a tensor; empty when it does."""
+        """How `model` fails to hold this space, a sentence a tensor; empty when it does.
+
+        Near names are told for the first ten only: looking them up is slow in a large model.
+        """
         parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        found = []
+        found: list[str] = []
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in parameters:
-                found.append(f"{name} {list(shape)} is missing.{nearest(name, parameters)}")
+                near = nearest(name, parameters) if len(found) < 10 else ""
+                found.append(f"{name} {list(shape)} is missing.{near}")
             elif parameters[name] != shape:
                 found.append(f"{name} is {list(parameters[name])}, not {list(shape)}")
         return found

@@ -17,6 +17,8 @@ from torch import nn
 
 from ird_search.artifact import weights_sha256
 from ird_search.config import DataConfig, SearchConfig
+from ird_search.devices import resolve_device
+from ird_search.encoding import encode
 from ird_search.errors import DataError, UsageError
 from ird_search.models import (
     LoadedModel,
@@ -26,10 +28,9 @@ from ird_search.models import (
     limits_of,
     load_model,
     num_labels_of,
-    resolve_device,
 )
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
-from ird_search.samples import SampleSet, encode
+from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
 from ird_search.sources import Source, read_source, read_validation
@@ -176,7 +177,7 @@ def make_problem(
         include=config.include,
         exclude=config.exclude,
     )
-    _check_sizes(space, samples, config)
+    _check_settings(task, space, samples, config)
     device = resolve_device(config.device)
     return Problem(
         model=loaded.model.to(device),
@@ -229,8 +230,17 @@ def _halves(held: SampleSet, config: SearchConfig) -> tuple[SampleSet, SampleSet
     return held.select(order[:middle].sort().values), held.select(order[middle:].sort().values)
 
 
-def _check_sizes(space: ParameterSpace, train: SampleSet, config: SearchConfig) -> None:
+def _check_settings(
+    task: Task, space: ParameterSpace, train: SampleSet, config: SearchConfig
+) -> None:
+    """Settings that only model and data can tell to be wrong."""
     problems = []
+    if config.score == "auc" and getattr(task, "num_labels", None) != 2:
+        classes = getattr(task, "num_labels", "no")
+        problems.append(
+            f"score is 'auc', which needs two classes; this {task.name} has {classes} classes. "
+            "Pass score='loss' (--score loss)."
+        )
     if config.pool > len(train):
         problems.append(
             f"pool is {config.pool}, but {len(train)} samples are there to draw it from. "

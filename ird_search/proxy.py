@@ -7,6 +7,7 @@ winner by itself, since a random mask wants a rate about 1/√density times that
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.config import SearchConfig
-from ird_search.errors import IRDError, NoProxySucceeded
+from ird_search.errors import IRDError, NoProxySucceeded, out_of_memory
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Ledger, unit_key
 from ird_search.mask import SparseMask
@@ -35,16 +36,24 @@ Kind = Literal["ird", "fish", "random", "full", "head"]
 RATE_STEP = 10**0.5
 """Rates are tried a factor of about 3 apart."""
 
+GROUP = 8
+"""Batches whose rows are sorted by length together."""
+
 EVAL_TOKENS = 8192
 """Padded tokens in one batch of an evaluation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """What is trained: a mask and the head; everything (`full`); or the head alone (`head`)."""
+    """What is trained: a mask and the head; everything (`full`); or the head alone (`head`).
+
+    Args:
+        start: where the probe of learning rates begins, if something better is known than the rule.
+    """
 
     kind: Kind
     mask: SparseMask
+    start: float | None = None
 
     @property
     def density(self) -> float:
@@ -57,6 +66,8 @@ class Candidate:
         For random masks it grows as 1/√density. A Fisher mask holds the entries with large
         gradients and wants less. The probe goes on past the ends while that helps.
         """
+        if self.start is not None:
+            return self.start
         if self.kind == "random":
             return 1e-3 / max(self.density, 1e-12) ** 0.5
         if self.kind == "full":
@@ -71,8 +82,8 @@ class Trial:
     """One fine-tune at one learning rate and one seed, evaluated on held-out samples.
 
     Args:
-        loss: mean negative log-likelihood; NaN where the run failed.
-        score: what ranks trials, lower is better: the loss, or 1 − AUC.
+        loss: mean negative log-likelihood; 0, and without meaning, where the run failed.
+        score: what ranks trials, lower is better: the loss, or 1 − AUC; likewise.
         failure: why there is no score; empty when there is one.
     """
 
@@ -177,9 +188,13 @@ class Proxies:
 
         The head of a fresh classifier is random; gradients through it say little. What the head
         learns here is the start of the Fisher pass and of every proxy.
+
+        Raises:
+            NoProxySucceeded: the head could be trained at no rate.
         """
         cold = self.score(self.head_only())
         if self.config.warmup_steps and self.problem.head:
+            require_success({f"head only, rate {t.rate:g}": _best([t]) for t in cold.trials})
             seed = derive(self.config.seed, "warm-up")
             self._train(self.head_only(), cold.best.rate, seed, self.config.warmup_steps)
             self._start = f"warm {self.config.warmup_steps} {cold.best.rate!r}"
@@ -253,10 +268,11 @@ class Proxies:
             found = evaluate(p.model, p.task, samples, device=p.device)
             return self._trial(rate, seed, found, time.perf_counter() - began)
         except (IRDError, RuntimeError) as problem:
-            if isinstance(problem, torch.OutOfMemoryError):
+            if out_of_memory(problem):
                 raise
             seconds = time.perf_counter() - began
-            return Trial(rate, seed, 0.0, 0.0, {}, seconds, str(problem).splitlines()[0])
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
+            return Trial(rate, seed, 0.0, 0.0, {}, seconds, reason)
         finally:
             saved.restore()
 
@@ -279,8 +295,7 @@ class Proxies:
         dense = self._dense(candidate)
         if not dense and not candidate.mask.count:
             return
-        order = shuffled_rows(len(p.train), steps * c.batch_size, seed=derive(seed, "order"))
-        batches = p.train.batches(order, size=c.batch_size)
+        batches = training_batches(p.train, steps, size=c.batch_size, seed=derive(seed, "order"))
         torch.manual_seed(derive(seed, "dropout"))
         with trainable_only(p.model, candidate.mask, dense=dense):
             optimizer: torch.optim.Optimizer
@@ -296,8 +311,24 @@ class Proxies:
                     dense=dense,
                     dense_lr=rate if candidate.kind == "head" else c.head_learning_rate,
                 )
-            there = (batch.to(p.device) for batch in batches)
+            there = (p.train.batch(rows, p.device) for rows in batches)
             finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
+
+
+def training_batches(samples: SampleSet, steps: int, *, size: int, seed: int) -> list[Tensor]:
+    """The rows of each step: shuffled epochs, with samples of like length in one batch.
+
+    Every eight batches' rows are sorted by length before they are parted, and the batches shuffled
+    again: short texts cost half as much when they are not padded to a long one beside them.
+    """
+    rows = shuffled_rows(len(samples), steps * size, seed=seed)
+    lengths = samples.lengths[rows]
+    batches: list[Tensor] = []
+    for start in range(0, rows.numel(), GROUP * size):
+        order = lengths[start : start + GROUP * size].argsort(stable=True)
+        batches += rows[start : start + GROUP * size][order].split(size)
+    mixed = np.random.default_rng(seed).permutation(len(batches))
+    return [batches[i] for i in mixed]
 
 
 def shuffled_rows(total: int, count: int, *, seed: int) -> Tensor:
@@ -326,8 +357,11 @@ def _score(trial: Trial) -> float:
 
 
 def _rate(start: float, i: int) -> float:
-    """start · 3^i, rounded to two digits so that a rate is written as it is."""
-    return float(f"{start * RATE_STEP**i:.1e}")
+    """The i-th rate beyond `start` on the lattice …, 1e-3, 3.2e-3, 1e-2, …
+
+    One lattice for all: candidates differ in rate by a step or not at all, never by a little.
+    """
+    return float(f"{RATE_STEP ** (round(math.log(start, RATE_STEP)) + i):.1e}")
 
 
 def _empty(space: ParameterSpace) -> SparseMask:

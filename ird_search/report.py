@@ -162,7 +162,11 @@ def _scored_record(s: Scored) -> dict[str, Any]:
         "score": _number(s.proxy.score),
         "metrics": dict(best.metrics),
         "rates": [
-            {"learning_rate": t.rate, "score": _number(t.score), "failure": t.failure}
+            {
+                "learning_rate": t.rate,
+                "score": _number(t.score) if t.ok else None,
+                "failure": t.failure,
+            }
             for t in s.proxy.trials
         ],
     }

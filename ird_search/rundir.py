@@ -10,21 +10,23 @@ mask.safetensors  the mask, written last: a directory that holds it is finished
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ird_search.errors import UsageError
+from ird_search.errors import DataError, ModelError, UsageError
 from ird_search.files import write_atomically
 
 CONFIG, ROUNDS, REPORT, MASK = "config.yaml", "rounds.jsonl", "report.md", "mask.safetensors"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -45,28 +47,36 @@ class RunDirectory:
     def mask(self) -> Path:
         return self.path / MASK
 
-    @contextmanager
+    @contextlib.contextmanager
     def claimed(self, settings: Mapping[str, Any]) -> Iterator[None]:
         """Hold the directory for a run with these settings.
 
-        A directory that the same settings left unfinished is taken up again.
+        A directory that the same settings left unfinished is taken up again. One that bad input
+        ended is left as it was found, so that a corrected run is not refused.
 
         Raises:
             UsageError: it holds a finished run, a run with other settings, other files, or another
                 process is writing it.
         """
-        self._check(settings)
+        self.check(settings)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UsageError(
                 f"The output directory {self.path} cannot be used: {error.strerror}."
             ) from error
         try:
             self._lock(lock)
+            self.check(settings)  # again: whoever held the lock may have written since
+            fresh = not (self.path / CONFIG).exists()
             self.write(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-            yield
+            try:
+                yield
+            except (DataError, ModelError, UsageError):
+                if fresh:
+                    self._clear()
+                raise
         finally:
             os.close(lock)
 
@@ -78,7 +88,12 @@ class RunDirectory:
         """One JSON document a line, one line a round."""
         self.write(ROUNDS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rounds))
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Whether a run with these settings may use the directory. Writes nothing.
+
+        Raises:
+            UsageError: it may not; see `claimed`.
+        """
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -89,7 +104,7 @@ class RunDirectory:
                 f"The output directory {self.path} holds a finished run ({MASK}). "
                 "Choose another directory, or remove this one."
             )
-        if CONFIG not in names and names - {".lock"}:
+        if CONFIG not in names and names - {LOCK}:
             raise UsageError(
                 f"The output directory {self.path} is in use: it holds {_listed(names)}. "
                 "Choose an empty or a new one."
@@ -98,7 +113,7 @@ class RunDirectory:
             self._check_same(settings)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
-        before = yaml.safe_load((self.path / CONFIG).read_text()) or {}
+        before = read_config(self.path / CONFIG)
         now = json.loads(json.dumps(dict(settings)))
         changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
         if changed:
@@ -107,6 +122,15 @@ class RunDirectory:
                 + ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
                 + ". Choose another directory, or run it again with its own config.yaml."
             )
+
+    def _clear(self) -> None:
+        """Take away what a run has written, and the directory if nothing else is in it."""
+        shutil.rmtree(self.ledger, ignore_errors=True)
+        for path in (self.path / CONFIG, self.path / ROUNDS, self.path / REPORT, self.study):
+            path.unlink(missing_ok=True)
+        (self.path / LOCK).unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def _lock(self, lock: int) -> None:
         try:

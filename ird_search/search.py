@@ -9,12 +9,16 @@
     both      fewer rows; the range is what the mask was        S′,  R′ = M
     columns   the rows stay; the range is what the mask was     S,   R′ = M
     rows      fewer rows; the range stays as wide as it was     S′,  R′ = R
+    window    the rows stay; the top of the range goes, too     S,   R′ = M without its best k′
 
 A *range* is what is still open, a mask the best k of it; both only ever shrink. Sizes fall
 geometrically: n from N to `min_samples`, k from all candidates to the target. `ladder` makes the
-move `both` each round. `walk` nominates all three, which have the same k′ and so can be compared,
+move `both` each round. `walk` nominates all four, which have the same k′ and so can be compared,
 scores each with a proxy, and moves to the best. Once k is at the target, rows go on shrinking until
 nothing has improved for `patience` rounds. The best pair at the target is returned, not the last.
+
+Why `window`: the largest scores pile up in a few tensors, and parameters of a lower rank can be
+the better ones to train. So a range of ranks may lose its top as well as its bottom.
 """
 
 from __future__ import annotations
@@ -27,13 +31,17 @@ import torch
 from torch import Tensor
 
 from ird_search.config import Strategy
+from ird_search.errors import ModelError
 from ird_search.fisher import FisherMatrix
 from ird_search.mask import SparseMask
 from ird_search.proxy import Candidate, ProxyScore, require_success
-from ird_search.selection import decreasing_range, top_k, top_positive
+from ird_search.selection import decreasing_range, ranks, top_k
 
-Move = Literal["both", "columns", "rows"]
-MOVES: dict[Strategy, tuple[Move, ...]] = {"ladder": ("both",), "walk": ("both", "columns", "rows")}
+Move = Literal["both", "columns", "rows", "window"]
+MOVES: dict[Strategy, tuple[Move, ...]] = {
+    "ladder": ("both",),
+    "walk": ("both", "columns", "rows", "window"),
+}
 
 Judge = Callable[[Candidate], ProxyScore]
 
@@ -129,21 +137,27 @@ def search(
         on_round: told of each round as it ends.
 
     Raises:
-        NoProxySucceeded: every proxy failed.
+        NoProxySucceeded: every proxy at the target failed.
+        ModelError: no candidate parameter has a gradient.
     """
-    state = SearchState(Pair(torch.arange(ranges.rows[0])))
+    state, target = SearchState(Pair(torch.arange(ranges.rows[0]))), len(ranges.columns) - 1
     while state.stale < patience:
         nominated = tuple(
-            Scored(move, pair, mask, judge(Candidate("ird", mask)))
+            Scored(move, pair, mask, judge(Candidate("ird", mask, start=_start(state, mask))))
             for move, pair, mask in nominate(fisher, state.pair, ranges, MOVES[strategy])
         )
         if not nominated:
             break
-        state = advance(state, nominated, target=len(ranges.columns) - 1)
+        state = advance(state, nominated, target=target)
         if on_round is not None:
             on_round(state.rounds[-1])
     require_success(
-        {f"round {r.number}, {s.move}": s.proxy for r in state.rounds for s in r.nominated}
+        {
+            f"round {r.number}, {s.move}": s.proxy
+            for r in state.rounds
+            for s in r.nominated
+            if s.pair.step == target
+        }
     )
     return state
 
@@ -157,29 +171,49 @@ def nominate(
     fewer = pair.rows
     if shrunk > pair.shrunk:
         fewer = pair.rows[top_k(fisher.row_scores(pair.rows, pair.columns), ranges.rows[shrunk])]
-    seen = {(pair.rows.numel(), _digest(fisher, pair.columns))}
+    scored: dict[tuple[int, bool], Tensor] = {}
+    # The step counts: where fewer columns than k′ have a score, k′ may fall and the mask stay.
+    seen = {(pair.rows.numel(), pair.step, _digest(fisher, pair.columns))}
     for move in moves:
-        rows = pair.rows if move == "columns" else fewer
+        rows = fewer if move in ("both", "rows") else pair.rows
         is_open = pair.open if move == "rows" else pair.columns
-        mask = SparseMask(fisher.space, best_columns(fisher, rows, is_open, ranges.columns[step]))
-        key = (rows.numel(), mask.digest)
-        if key not in seen:
+        known = (rows.numel(), move == "rows")
+        if known not in scored:
+            scored[known] = fisher.column_scores(rows, is_open)
+        k = ranges.columns[step]
+        chosen = ranks(scored[known], k if move == "window" else 0, k)
+        mask = SparseMask(fisher.space, chosen if is_open is None else is_open[chosen])
+        if not mask.count and move != "window":
+            raise ModelError(
+                "Every candidate parameter has a Fisher score of exactly zero: no gradient reaches "
+                "them. Look for detached or unused layers, or change include or exclude."
+            )
+        key = (rows.numel(), step, mask.digest)
+        if key not in seen and (mask.count == k or move != "window"):
             seen.add(key)
-            went = pair.shrunk if move == "columns" else shrunk
+            if move == "window":
+                is_open = _without(is_open, ranks(scored[known], 0, k), scored[known].numel())
+            went = shrunk if move in ("both", "rows") else pair.shrunk
             yield move, Pair(rows, is_open, mask.coords, went, step), mask
+
+
+def _without(is_open: Tensor | None, top: Tensor, width: int) -> Tensor:
+    """A range of so many columns without those at some positions."""
+    kept = torch.ones(width, dtype=torch.bool)
+    kept[top] = False
+    return kept.nonzero().flatten() if is_open is None else is_open[kept]
 
 
 def _digest(fisher: FisherMatrix, columns: Tensor | None) -> str:
     return "all" if columns is None else SparseMask(fisher.space, columns).digest
 
 
-def best_columns(fisher: FisherMatrix, rows: Tensor, is_open: Tensor | None, k: int) -> Tensor:
-    """The k columns of a range with the largest c_j(S), as sorted coordinates: FISH's rule.
-
-    Columns whose score is exactly zero are never taken, so fewer than k may come back.
-    """
-    chosen = top_positive(fisher.column_scores(rows, is_open), k)
-    return chosen if is_open is None else is_open[chosen]
+def _start(state: SearchState, mask: SparseMask) -> float | None:
+    """Where the probe of learning rates begins: the parent's best, grown as 1/√density."""
+    if not state.rounds or not state.rounds[-1].moved_to.proxy.best.ok:
+        return None
+    parent = state.rounds[-1].moved_to
+    return parent.proxy.best.rate * (parent.mask.count / max(1, mask.count)) ** 0.5
 
 
 def advance(state: SearchState, nominated: tuple[Scored, ...], *, target: int) -> SearchState:

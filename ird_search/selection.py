@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ird_search.errors import UsageError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Scores looked at together: their copies stay in the processor's cache."""
+
+HALF = 1 << 15
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -34,10 +37,23 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         raise UsageError(f"Cannot take {k} of {scores.numel()} scores.")
     if k == 0:
         return torch.empty(0, dtype=torch.int64)
-    threshold = kth_largest(scores, k)
-    above = (scores > threshold).nonzero().flatten().cpu()
-    equal = (scores == threshold).nonzero().flatten().cpu()[: k - above.numel()]
-    return torch.cat([above, equal]).sort().values
+    threshold, wanted = _threshold(scores, k)
+    chosen = []
+    for start in range(0, scores.numel(), CHUNK):
+        part = scores[start : start + CHUNK]
+        places = _places(part >= threshold)
+        values = part[places.to(part.device)].cpu()
+        equal = values == threshold
+        chosen.append(start + places[~equal | (equal.cumsum(0) <= wanted)])
+        wanted -= min(wanted, int(equal.sum()))
+    return torch.cat(chosen)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where a mask is true, on the CPU: int64."""
+    if mask.device.type == "cpu":  # six times as fast as torch's own
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().flatten().cpu()
 
 
 def top_positive(scores: Tensor, k: int) -> Tensor:
@@ -49,6 +65,21 @@ def top_positive(scores: Tensor, k: int) -> Tensor:
     return top_k(scores, min(k, int((scores > 0).sum())))
 
 
+def ranks(scores: Tensor, skip: int, k: int) -> Tensor:
+    """The k entries that rank behind the `skip` largest, increasing; only positive scores count.
+
+    Fewer than k come back where fewer are positive. `skip` 0 is FISH's rule.
+
+    Example:
+        >>> ranks(torch.tensor([5.0, 0.0, 4.0, 3.0, 2.0]), 1, 2)
+        tensor([2, 3])
+    """
+    upper = top_positive(scores, skip + k)
+    if skip == 0:
+        return upper
+    return upper[~torch.isin(upper, top_positive(scores, skip))]
+
+
 def kth_largest(scores: Tensor, k: int) -> float:
     """The k-th largest score, by radix search on the bits of float32.
 
@@ -57,39 +88,46 @@ def kth_largest(scores: Tensor, k: int) -> float:
     Raises:
         UsageError: a score is NaN.
     """
-    if bool(scores.isnan().any()):
-        raise UsageError("Scores must not be NaN.")
+    return _threshold(scores, k)[0]
+
+
+def _threshold(scores: Tensor, k: int) -> tuple[float, int]:
+    """(the k-th largest score, how many of those equal to it are among the k largest)."""
     if scores.dtype != torch.float32 or scores.device.type != "cpu":
-        return float(torch.topk(scores, k, sorted=False).values.min())
-    keys = scores.contiguous().numpy().view(np.uint32)
-    high, rest = _bin_from_top(keys, k, shift=16, prefix=None)
-    low, _ = _bin_from_top(keys, rest, shift=0, prefix=high)
-    key = np.uint32(high << 16 | low)
-    bits = key ^ np.uint32(0x80000000) if key & np.uint32(0x80000000) else ~key
-    return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
+        if bool(scores.isnan().any()):
+            raise UsageError("Scores must not be NaN.")
+        kth = torch.topk(scores, k, sorted=False).values.min()
+        return float(kth), k - int((scores > kth).sum())
+    high, rest = _bin_from_top(scores, k, prefix=None)
+    low, wanted = _bin_from_top(scores, rest, prefix=high)
+    key = torch.tensor([((high - HALF) << 16) | low], dtype=torch.int32)
+    return float((key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)), wanted
 
 
-def _ordered(keys: np.ndarray) -> np.ndarray:
-    """float32 bits as unsigned integers in the order of the floats."""
-    negative = (keys >> np.uint32(31)).astype(bool)
-    return np.where(negative, ~keys, keys | np.uint32(0x80000000))
+def _ordered(scores: Tensor) -> Tensor:
+    """Signed integers in the order of some scores, 0 and −0 as one: float32 → int32."""
+    if bool(scores.sum().isnan()) and bool(scores.isnan().any()):  # ∞ − ∞ is NaN too
+        raise UsageError("Scores must not be NaN.")
+    bits = (scores + 0.0).view(torch.int32)
+    return bits if int(bits.min()) >= 0 else bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _bin_from_top(keys: np.ndarray, k: int, *, shift: int, prefix: int | None) -> tuple[int, int]:
+def _bin_from_top(scores: Tensor, k: int, *, prefix: int | None) -> tuple[int, int]:
     """The 16-bit bin that holds the k-th largest key, and how many of it are needed there.
 
     Args:
-        shift: which 16 bits.
-        prefix: where given, only keys with these high bits count.
+        prefix: None for bins of the high bits, shifted to begin at 0; else bins of the low bits of
+            the keys with these high bits.
     """
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for start in range(0, keys.size, CHUNK):
-        part = _ordered(keys[start : start + CHUNK])
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for start in range(0, scores.numel(), CHUNK):
+        keys = _ordered(scores[start : start + CHUNK])
+        bins = (keys >> 16).add_(HALF)
         if prefix is not None:
-            part = part[part >> np.uint32(16) == prefix]
-        counts += np.bincount((part >> np.uint32(shift)) & np.uint32(0xFFFF), minlength=1 << 16)
-    from_top = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_top, k))
+            bins = keys[_places(bins == prefix)] & 0xFFFF
+        counts += torch.bincount(bins, minlength=1 << 16)
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
     before = int(from_top[place - 1]) if place else 0
     return (1 << 16) - 1 - place, k - before
 

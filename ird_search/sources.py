@@ -1,63 +1,34 @@
 """`Source`: the user's rows as they came, with what each column is for.
 
 Files, directories, hub data sets, `datasets` objects, torch data sets and plain lists all become
-one `Source`. It knows what the columns mean and how many classes there are, which is what must be
-known before a model is loaded; the model's tokenizer then turns it into a `SampleSet`
-(`ird_search.samples.encode`).
+one `Source`. It knows what the columns mean (`ird_search.columns`) and how many classes there are,
+which is what must be known before a model is loaded; the model's tokenizer then turns it into a
+`SampleSet` (`ird_search.encoding.encode`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import datasets
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from datasets.table import InMemoryTable
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ird_search.columns import Kind, Rows, is_picture, label_kind, name_columns, names_of, values_of
 from ird_search.errors import DataError, UsageError, nearest
 from ird_search.task import POSITIONAL
-
-Kind = Literal["classification", "regression", "causal-lm", "image-classification"]
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 VALIDATION_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "eval")
 """Names under which a validation split is looked for. `test` is none: it is for the end."""
-
-TEXT_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-)
-TEXT_SINGLES = ("sentence", "text", "review", "content", "comment", "tweet", "document")
-COMPLETION = ("prompt", "completion")
-LABELS = ("label", "labels", "target", "class", "score", "y", "category", "sentiment")
-IDS = ("idx", "id", "index", "guid", "uid", "__index_level_0__")
-NOT_INPUTS = (*IDS, "special_tokens_mask", "offset_mapping", "length")
-"""Columns that tokenising leaves behind and no model takes."""
-
-IMAGES = ("image", "img", "picture", "photo")
-ENCODED = ("input_ids", "pixel_values", "input_values", "input_features", POSITIONAL)
-"""Columns whose presence says that the rows are model inputs already."""
-
-HEAD_ROWS = 64
-"""Rows looked at to tell what a column holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +73,14 @@ class Source:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, used or not."""
-        return _columns(self.rows)
+        return names_of(self.rows)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def column(self, name: str) -> list[Any]:
         """The values of one column, in order; `None` where a row lacks it."""
-        return _column(self.rows, name)
+        return values_of(self.rows, name)
 
     def select(self, rows: Iterable[int]) -> Source:
         """Some rows, by position, in the order given. What was inferred from all rows stays."""
@@ -159,8 +130,8 @@ def read_source(
     rows = _normalise(opened, limit, origin)
     if not len(rows):
         raise DataError(f"{origin} has no rows.")
-    columns = _name_columns(rows, tuple(text_columns), label_column, origin)
-    names, kind, num_labels = _label_kind(rows, columns)
+    columns = name_columns(rows, tuple(text_columns), label_column, origin)
+    names, kind, num_labels = label_kind(rows, columns)
     return Source(
         rows=rows,
         ids=tuple(range(len(rows))),
@@ -329,7 +300,7 @@ def _read_file(path: Path) -> Rows:
         raise DataError(
             f"{path} could not be read as {suffix[1:]}: {_first_line(error)}"
         ) from error
-    return datasets.Dataset(InMemoryTable(table))
+    return datasets.Dataset(table)
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -406,157 +377,11 @@ def _as_mapping(row: Any, number: int, origin: str) -> Mapping[str, Any]:
     x, label = row
     if isinstance(x, Mapping):
         return {**x, "label": label}
-    key = "text" if isinstance(x, str) else "image" if _is_picture(x) else POSITIONAL
+    key = "text" if isinstance(x, str) else "image" if is_picture(x) else POSITIONAL
     return {key: x, "label": label}
-
-
-def _columns(rows: Rows) -> tuple[str, ...]:
-    if isinstance(rows, datasets.Dataset):
-        return tuple(rows.column_names)
-    return tuple(rows[0]) if rows else ()
-
-
-def _column(rows: Rows, name: str) -> list[Any]:
-    if isinstance(rows, datasets.Dataset):
-        return list(rows[name][:])
-    return [row[name] for row in rows]
 
 
 def _take(rows: Rows, wanted: Sequence[int]) -> Rows:
     if isinstance(rows, datasets.Dataset):
         return rows.select(wanted)
     return [rows[i] for i in wanted]
-
-
-# --- what the columns are for -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Columns:
-    text: tuple[str, ...] = ()
-    label: str | None = None
-    image: str | None = None
-    inputs: tuple[str, ...] = ()
-
-
-def _name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: str) -> _Columns:
-    columns = _columns(rows)
-    asked = [*text, *([label] if label is not None else [])]
-    if unknown := [name for name in asked if name not in columns]:
-        raise DataError(
-            f"{origin} has no column {name!r}; its columns are {', '.join(columns)}."
-            f"{nearest(name, columns)}"
-            for name in unknown
-        )
-    if len(text) > 2:
-        raise DataError(f"One text column, or the two of a pair, are accepted, not {len(text)}.")
-    first = _first_values(rows)
-    encoded = not text and any(name in ENCODED for name in columns)
-    if label is None:
-        # a tokenised language-model row may hold both a class `label` and token `labels`
-        order = ("labels", *LABELS) if encoded else LABELS
-        label = _by_name(columns, order, barred=text)
-    if encoded:
-        left = [c for c in columns if c not in (label, "label", "labels") and c not in NOT_INPUTS]
-        return _Columns(
-            label=label, inputs=tuple(c for c in left if c in ENCODED or _is_numbers(first[c]))
-        )
-    rest = [c for c in columns if c != label and c.lower() not in IDS]
-    if not text and (image := _image_column(rest, first)):
-        return _Columns(label=label, image=image)
-    return _Columns(text=text or _text_columns(rest, first, label, columns, origin), label=label)
-
-
-def _text_columns(
-    rest: list[str],
-    first: Mapping[str, Any],
-    label: str | None,
-    columns: Sequence[str],
-    origin: str,
-) -> tuple[str, ...]:
-    """By name first, then the string columns if there are exactly one or two."""
-    known = {name.lower(): name for name in rest}
-    groups = (
-        ((COMPLETION,) if label is None else ()) + TEXT_PAIRS + tuple((s,) for s in TEXT_SINGLES)
-    )
-    for group in groups:
-        if all(name in known for name in group):
-            return tuple(known[name] for name in group)
-    strings = tuple(name for name in rest if isinstance(first[name], str))
-    if 1 <= len(strings) <= 2:
-        return strings
-    raise DataError(
-        f"Which column of {origin} holds the text cannot be told; its columns are "
-        f"{', '.join(columns)}. Name one, or the two of a pair, with text_columns "
-        "(--text-column)."
-    )
-
-
-def _image_column(rest: list[str], first: Mapping[str, Any]) -> str | None:
-    for name in rest:
-        array = name.lower() in IMAGES and isinstance(first[name], (np.ndarray, Tensor, list))
-        if array or _is_picture(first[name]):
-            return name
-    return None
-
-
-def _by_name(columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str]) -> str | None:
-    known = {name.lower(): name for name in columns if name not in barred}
-    return next((known[name] for name in wanted if name in known), None)
-
-
-def _first_values(rows: Rows) -> dict[str, Any]:
-    """The first value of each column that is not null, among the first rows."""
-    found: dict[str, Any] = dict.fromkeys(_columns(rows))
-    for i in range(min(HEAD_ROWS, len(rows))):
-        missing = [name for name, value in found.items() if value is None]
-        if not missing:
-            break
-        row = rows[i]
-        found.update({name: row[name] for name in missing})
-    return found
-
-
-def _is_numbers(value: Any) -> bool:
-    """A tensor, an array, or a list of numbers (nested or not)."""
-    while isinstance(value, (list, tuple)) and len(value):
-        value = value[0]
-        if isinstance(value, (int, float)):
-            return True
-    return isinstance(value, (Tensor, np.ndarray))
-
-
-def _is_picture(value: Any) -> bool:
-    """A PIL image, known by its attributes since Pillow is optional."""
-    return hasattr(value, "convert") and hasattr(value, "getbands")
-
-
-# --- what the labels are ------------------------------------------------------------------------
-
-
-def _label_kind(rows: Rows, columns: _Columns) -> tuple[tuple[str, ...] | None, Kind, int | None]:
-    """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them."""
-    if columns.label is None:
-        return None, "causal-lm", None
-    whole: Kind = "image-classification" if columns.image else "classification"
-    if "pixel_values" in columns.inputs:
-        whole = "image-classification"
-    features = rows.features if isinstance(rows, datasets.Dataset) else {}
-    if isinstance(feature := features.get(columns.label), datasets.ClassLabel) and feature.names:
-        return tuple(feature.names), whole, len(feature.names)
-    values = [plain_label(value) for value in _column(rows, columns.label)]
-    if any(isinstance(value, list) for value in values):
-        return None, "causal-lm", None
-    if strings := {value for value in values if isinstance(value, str) and value}:
-        return tuple(sorted(strings)), whole, len(strings)
-    numbers = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
-    if any(value != int(value) for value in numbers):
-        return None, "regression", None
-    return None, whole, max([2, *(int(v) + 1 for v in numbers)])
-
-
-def plain_label(value: Any) -> Any:
-    """A label as a Python value: a tensor or array of one element as its number, else a list."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.item() if math.prod(value.shape) == 1 else value.tolist()
-    return list(value) if isinstance(value, tuple) else value

@@ -60,7 +60,7 @@ class Study:
                         "kind": CategoricalDistribution(("ird", "fish", "random", "full", "head")),
                         "samples": IntDistribution(0, 2**31),
                         "parameters": IntDistribution(0, 2**53),
-                        "learning_rate": FloatDistribution(0, 1e6),
+                        "learning_rate": FloatDistribution(0, 1e300),
                     },
                     user_attrs=attributes,
                 )

@@ -176,7 +176,7 @@ def snapshot(
         mask = SparseMask(ParameterSpace.of(model, ()), torch.empty(0, dtype=torch.int64))
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         dense = dict.fromkeys([*trainable, *dense])
-    masked, whole = trained_entries(model, mask, dense)
+    masked, whole = trained_entries(model, mask, dense, allow_none=True)
     entries = (*masked, *whole)
     return Snapshot(
         model,

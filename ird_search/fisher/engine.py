@@ -15,11 +15,11 @@ from ird_search.samples import Batch
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """Per-sample gradients of log p(yᵢ | xᵢ; θ) for some rows of a batch and some tensors.
+    """Per-sample gradients of log p(yᵢ | xᵢ; θ) for some rows of a batch.
 
     Args:
         part: which rows of the batch.
-        tensors: gradients by parameter name.
+        tensors: gradients by parameter name, of all the engine's tensors.
         finite: whether log-likelihood and gradients are finite, bool [rows].
     """
 
@@ -43,16 +43,23 @@ class Engine(Protocol):
 
 
 class Joined:
-    """Several paths, each for tensors of its own."""
+    """Two paths, each for tensors of its own.
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        self.engines = tuple(engines)
-        self.path = "+".join(e.path for e in engines)
-        self.names = tuple(name for e in engines for name in e.names)
+    Args:
+        whole: answers for a batch in one contribution of factors.
+        rest: may take the batch a few rows at a time, which bounds the memory of both.
+    """
+
+    def __init__(self, whole: Engine, rest: Engine) -> None:
+        self.whole, self.rest = whole, rest
+        self.path = f"{whole.path}+{rest.path}"
+        self.names = (*whole.names, *rest.names)
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
-        for engine in self.engines:
-            yield from engine.gradients(batch)
+        (first,) = self.whole.gradients(batch)
+        for c in self.rest.gradients(batch):
+            tensors = {name: g.select(c.part) for name, g in first.tensors.items()}
+            yield Contribution(c.part, {**tensors, **c.tensors}, c.finite & first.finite[c.part])
 
 
 def parameters_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -14,7 +14,9 @@ G is squared per sample, then summed; the square of a batch's summed gradient is
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +25,64 @@ from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
 """On an accelerator, dense gradients are formed for as many samples at once as fit in this."""
+
+SAMPLED = 1 / 8
+"""Below this density, single entries are cheaper than the whole product (measured on a CPU)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A choice of entries of one tensor, in the forms that sums over it need.
+
+    Args:
+        index: strictly increasing entries, int64 [k].
+        numel: P_l, the number of entries of the tensor.
+    """
+
+    index: Tensor
+    numel: int
+
+    @property
+    def count(self) -> int:
+        """k."""
+        return self.index.numel()
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """1 at the chosen entries, else 0, float32: [P_l]."""
+        return torch.zeros(self.numel, device=self.index.device).index_fill_(0, self.index, 1.0)
+
+    @cached_property
+    def _patterns(self) -> dict[int, Tensor]:
+        return {}
+
+    def pattern(self, width: int) -> Tensor:
+        """The entries as a sparse matrix of zeros, CSR: [P_l / width, width]."""
+        if width not in self._patterns:
+            height = self.numel // width
+            edges = torch.arange(height + 1, device=self.index.device) * width
+            with warnings.catch_warnings():
+                # "Sparse CSR tensor support is in beta state": only its pattern is used here.
+                warnings.simplefilter("ignore", UserWarning)
+                self._patterns[width] = torch.sparse_csr_tensor(
+                    torch.searchsorted(self.index, edges),
+                    self.index % width,
+                    torch.zeros(self.count, device=self.index.device),
+                    (height, width),
+                )
+        return self._patterns[width]
+
+    def take(self, gradients: Tensor) -> Tensor:
+        """The chosen entries, a view where all are: [..., P_l] → [..., k]."""
+        return gradients if self.count == self.numel else gradients.index_select(-1, self.index)
+
+    def sum_squares(self, gradients: Tensor) -> Tensor:
+        """Σ over the chosen entries of gradients²: [b, P_l] → [b]."""
+        # Gathering costs about sixteen times as much an entry as reading along.
+        if self.count < self.numel < 16 * self.count:
+            return _row_dots(gradients * self.weights, gradients)
+        chosen = self.take(gradients)
+        return _row_dots(chosen, chosen)
 
 
 class SampleGradients(ABC):
@@ -38,51 +98,56 @@ class SampleGradients(ABC):
         """All of it, float32: [B, P_l]. For checks and small tensors."""
 
     @abstractmethod
-    def entries(self, columns: Tensor) -> Tensor:
-        """G[:, columns], float32: [B, k]."""
+    def entries(self, columns: Columns) -> Tensor:
+        """The chosen entries of each sample's gradient, float32; may be a view: [B, k]."""
 
     @abstractmethod
-    def add_squares(self, sums: Tensor, within: Columns | None) -> Tensor:
-        """Add Σ_b G[b]² to `sums` [P_l] and return Σ_{j ∈ within} G[b, j]²: [B]."""
-
-    @abstractmethod
-    def square_norms(self) -> Tensor:
-        """Σ_j G[b, j]² over all entries: [B]."""
-
-    @abstractmethod
-    def select(self, rows: Tensor) -> SampleGradients:
-        """The gradients of some of the samples, in the order of `rows`."""
+    def select(self, rows: Tensor | slice) -> SampleGradients:
+        """The gradients of some of the samples, in the order of `rows`; a view for a slice."""
 
     @property
     @abstractmethod
     def storages(self) -> tuple[Tensor, ...]:
         """The tensors that keeping this object keeps alive (shared ones appear in several)."""
 
+    def formed(self) -> Iterator[tuple[slice, Tensor]]:
+        """(samples, their whole gradients [b, P_l]); what came before may be overwritten."""
+        for b in range(self.batch):
+            yield slice(b, b + 1), self.select(slice(b, b + 1)).dense()
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """A choice of entries of one tensor, in the two forms that sums over it need.
+    def parts(self, columns: int) -> Iterator[tuple[slice, SampleGradients]]:
+        """The samples in parts whose entries at so many columns fit in `CHUNK_BYTES`."""
+        step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
+        for start in range(0, self.batch, step):
+            part = slice(start, min(start + step, self.batch))
+            yield part, self.select(part)
 
-    Args:
-        index: strictly increasing entries, int64 [k].
-        numel: P_l, the number of entries of the tensor.
-    """
+    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+        """Add Σ_b G[b]² to `sums` [P_l] and return Σ_{j ∈ within} G[b, j]²: [B].
 
-    index: Tensor
-    numel: int
+        Over all entries where `within` is None; an empty choice costs nothing.
+        """
+        scores = torch.zeros(self.batch, device=sums.device)
+        for part, flat in self.formed():
+            if flat.shape[0] == 1:
+                sums.addcmul_(flat[0], flat[0])
+            else:
+                sums += flat.square().sum(0)
+            if within is None:
+                scores[part] = _row_dots(flat, flat)
+            elif within.count:
+                scores[part] = within.sum_squares(flat)
+        return scores
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """1 at the chosen entries, else 0, float32: [P_l]."""
-        return torch.zeros(self.numel, device=self.index.device).index_fill_(0, self.index, 1.0)
-
-    def sum_squares(self, gradients: Tensor) -> Tensor:
-        """Σ over the chosen entries of gradients²: [..., P_l] → [...]."""
-        # Gathering costs about sixteen times as much an entry as reading along.
-        if 16 * self.index.numel() > self.numel:
-            return torch.linalg.vector_norm(gradients * self.weights, dim=-1).square()
-        chosen = gradients.index_select(-1, self.index)
-        return torch.linalg.vector_norm(chosen, dim=-1).square()
+    def square_norms(self, within: Columns | None = None) -> Tensor:
+        """Σ_{j ∈ within} G[b, j]², over all entries where `within` is None: [B]."""
+        if within is not None and within.count < SAMPLED * within.numel:
+            found = [g.entries(within).square().sum(1) for _, g in self.parts(within.count)]
+        elif within is not None:
+            found = [within.sum_squares(flat) for _, flat in self.formed()]
+        else:
+            found = [_row_dots(flat, flat) for _, flat in self.formed()]
+        return torch.cat(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +166,17 @@ class Dense(SampleGradients):
     def dense(self) -> Tensor:
         return self.gradients.float()
 
-    def entries(self, columns: Tensor) -> Tensor:
-        return self.gradients.index_select(1, columns).float()
+    def entries(self, columns: Columns) -> Tensor:
+        return columns.take(self.gradients).float()
 
-    def add_squares(self, sums: Tensor, within: Columns | None) -> Tensor:
-        for one in self.gradients:  # row by row: no second [B, P_l] buffer
-            one = one.float()
-            sums.addcmul_(one, one)
-        if within is None:
-            return self.square_norms()
-        return within.sum_squares(self.dense())
+    def formed(self) -> Iterator[tuple[slice, Tensor]]:
+        # Small tensors at once; large ones in rows that stay in the processor's cache.
+        step = max(1, 2**18 // self.gradients.shape[1])
+        for start in range(0, self.batch, step):
+            part = slice(start, min(start + step, self.batch))
+            yield part, self.gradients[part].float()
 
-    def square_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self.gradients, dim=1, dtype=torch.float32).square()
-
-    def select(self, rows: Tensor) -> Dense:
+    def select(self, rows: Tensor | slice) -> Dense:
         return Dense(self.gradients[rows])
 
     @property
@@ -146,61 +207,56 @@ class Outer(SampleGradients):
     def dense(self) -> Tensor:
         return torch.bmm(self.left.float().mT, self.right.float()).flatten(1)
 
-    def entries(self, columns: Tensor) -> Tensor:
-        _, n = self._size
-        rows, row_at = torch.unique(columns // n, return_inverse=True)
-        cols, col_at = torch.unique(columns % n, return_inverse=True)
-        # Only the rows and columns that are touched: real masks touch few of them.
-        left = self.left.index_select(2, rows).float().mT
-        right = self.right.index_select(2, cols).float()
-        place = row_at * cols.numel() + col_at
-        out = torch.empty(self.batch, columns.numel(), device=columns.device)
-        for b in range(self.batch):
-            torch.index_select((left[b] @ right[b]).view(-1), 0, place, out=out[b])
-        return out
-
-    def add_squares(self, sums: Tensor, within: Columns | None) -> Tensor:
-        if self.left.shape[1] == 1:
-            return self._add_single_token(sums, within)
+    def formed(self) -> Iterator[tuple[slice, Tensor]]:
         m, n = self._size
         left, right = self.left.float().mT, self.right.float()
         step = 1 if left.device.type == "cpu" else max(1, CHUNK_BYTES // (4 * m * n))
-        scores = torch.empty(self.batch, device=sums.device)
-        buffer = torch.empty(min(step, self.batch), m, n, device=sums.device)
+        buffer = torch.empty(min(step, self.batch), m, n, device=left.device)
         for start in range(0, self.batch, step):
             part = slice(start, min(start + step, self.batch))
-            formed = buffer[: part.stop - start]
-            torch.bmm(left[part], right[part], out=formed)
-            flat = formed.view(part.stop - start, m * n)
-            if within is not None:
-                scores[part] = within.sum_squares(flat)
-            for one in flat if step == 1 else [flat]:
-                sums.addcmul_(one, one) if one.ndim == 1 else sums.add_(one.square_().sum(0))
-        return self.square_norms() if within is None else scores
+            product = torch.bmm(left[part], right[part], out=buffer[: part.stop - start])
+            yield part, product.view(part.stop - start, m * n)
 
-    def _add_single_token(self, sums: Tensor, within: Columns | None) -> Tensor:
-        """With one token G² = g² ⊗ a², so the sum over samples is one matrix product."""
+    def entries(self, columns: Columns) -> Tensor:
+        if self.left.shape[1] == 1:
+            n = self._size[1]
+            rows, cols = columns.index // n, columns.index % n
+            left, right = self.left[:, 0].float(), self.right[:, 0].float()
+            return left.index_select(1, rows) * right.index_select(1, cols)
+        out = torch.empty(self.batch, columns.count, device=self.left.device)
+        if columns.count < SAMPLED * columns.numel:
+            self._sample(columns, out)
+        else:
+            for part, flat in self.formed():
+                out[part] = columns.take(flat)
+        return out
+
+    def _sample(self, columns: Columns, out: Tensor) -> None:
+        """Only the entries' own scalar products: a sampled dense-dense product."""
+        pattern = columns.pattern(self._size[1])
+        left, right = self.left.float().mT, self.right.float()
+        for one, a, b in zip(out, left, right, strict=True):
+            one.copy_(torch.sparse.sampled_addmm(pattern, a, b, beta=0.0).values())
+
+    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+        if self.left.shape[1] > 1:
+            return super().add_squares(sums, within)
+        # With one token G² = g² ⊗ a², so the sum over samples is one matrix product.
         left, right = self.left[:, 0].float().square(), self.right[:, 0].float().square()
         sums.view(self._size).addmm_(left.mT, right)
-        if within is None:
-            return left.sum(1) * right.sum(1)
-        chosen = within.weights.view(self._size)
-        return ((left @ chosen) * right).sum(1)
+        return self.square_norms(within)
 
-    def square_norms(self) -> Tensor:
-        """Σ_j G² = Σ_{t,u} ⟨g_t, g_u⟩⟨a_t, a_u⟩ where tokens are few, else by forming G."""
+    def square_norms(self, within: Columns | None = None) -> Tensor:
+        """Over all entries also Σ_{t,u} ⟨g_t, g_u⟩⟨a_t, a_u⟩, the cheaper form for few tokens."""
         m, n = self._size
         tokens = self.left.shape[1]
+        if within is not None or tokens * (m + n) >= m * n:
+            return super().square_norms(within)
         left, right = self.left.float(), self.right.float()
-        if tokens * (m + n) < m * n:
-            inner = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
-            return inner.sum((1, 2)).clamp_(min=0)
-        norms = [
-            torch.linalg.vector_norm(g.mT @ a).square() for g, a in zip(left, right, strict=True)
-        ]
-        return torch.stack(norms)
+        inner = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
+        return inner.sum((1, 2)).clamp_(min=0)
 
-    def select(self, rows: Tensor) -> Outer:
+    def select(self, rows: Tensor | slice) -> Outer:
         return Outer(self.left[rows], self.right[rows])
 
     @property
@@ -228,7 +284,6 @@ class Lookup(SampleGradients):
     def batch(self) -> int:
         return self.ids.shape[0]
 
-    @cached_property
     def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, table row, summed gradient [·, d]) for each touched (sample, row) pair."""
         batch, tokens = self.ids.shape
@@ -240,35 +295,39 @@ class Lookup(SampleGradients):
         return pairs // self.rows, pairs % self.rows, summed
 
     def dense(self) -> Tensor:
-        sample, row, summed = self._touched
+        sample, row, summed = self._touched()
         out = summed.new_zeros(self.batch, self.rows, summed.shape[1])
         out[sample, row] = summed
         return out.flatten(1)
 
-    def entries(self, columns: Tensor) -> Tensor:
-        sample, row, summed = self._touched
-        d = summed.shape[1]
-        wanted, which = torch.unique(columns // d, return_inverse=True)
-        place = torch.full((self.rows,), -1, device=columns.device)
-        place[wanted] = torch.arange(wanted.numel(), device=columns.device)
-        hit = place[row] >= 0
-        table = summed.new_zeros(self.batch, wanted.numel(), d)
-        table[sample[hit], place[row[hit]]] = summed[hit]
-        return table.flatten(1).index_select(1, which * d + columns % d)
+    def entries(self, columns: Columns) -> Tensor:
+        sample, row, summed = self._touched()
+        pair, place = _hits(row, summed.shape[1], columns)
+        out = summed.new_zeros(self.batch, columns.count)
+        out[sample[pair], place] = summed[pair, columns.index[place] % summed.shape[1]]
+        return out
 
-    def add_squares(self, sums: Tensor, within: Columns | None) -> Tensor:
-        sample, row, summed = self._touched
+    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+        sample, row, summed = self._touched()
         squares = summed.square()
         sums.view(self.rows, -1).index_add_(0, row, squares)
-        if within is not None:
-            squares = squares * within.weights.view(self.rows, -1)[row]
-        return squares.new_zeros(self.batch).index_add_(0, sample, squares.sum(1))
+        return self._norms(sample, row, squares, within)
 
-    def square_norms(self) -> Tensor:
-        sample, _, summed = self._touched
-        return summed.new_zeros(self.batch).index_add_(0, sample, summed.square().sum(1))
+    def square_norms(self, within: Columns | None = None) -> Tensor:
+        sample, row, summed = self._touched()
+        return self._norms(sample, row, summed.square(), within)
 
-    def select(self, rows: Tensor) -> Lookup:
+    def _norms(
+        self, sample: Tensor, row: Tensor, squares: Tensor, within: Columns | None
+    ) -> Tensor:
+        scores = squares.new_zeros(self.batch)
+        if within is None:
+            return scores.index_add_(0, sample, squares.sum(1))
+        pair, place = _hits(row, squares.shape[1], within)
+        chosen = squares[pair, within.index[place] % squares.shape[1]]
+        return scores.index_add_(0, sample[pair], chosen)
+
+    def select(self, rows: Tensor | slice) -> Lookup:
         return Lookup(self.ids[rows], self.left[rows], self.rows)
 
     @property
@@ -276,33 +335,69 @@ class Lookup(SampleGradients):
         return (self.ids, self.left)
 
 
-def added(parts: list[SampleGradients]) -> SampleGradients:
+@dataclass(frozen=True, eq=False)
+class Added(SampleGradients):
+    """G = Σ_u G_u, one tensor used in unlike ways: an embedding tied to the output layer.
+
+    The uses are added sample by sample, before any square.
+    """
+
+    uses: tuple[SampleGradients, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.uses[0].batch
+
+    def dense(self) -> Tensor:
+        first, *rest = self.uses
+        total = first.dense()
+        for use in rest:
+            total = total + use.dense()
+        return total
+
+    def entries(self, columns: Columns) -> Tensor:
+        return torch.stack([use.entries(columns) for use in self.uses]).sum(0)
+
+    def select(self, rows: Tensor | slice) -> Added:
+        return Added(tuple(use.select(rows) for use in self.uses))
+
+    @property
+    def storages(self) -> tuple[Tensor, ...]:
+        return tuple(t for use in self.uses for t in use.storages)
+
+
+def added(uses: list[SampleGradients]) -> SampleGradients:
     """The gradients of a tensor that is used more than once: Σ of the uses, before any square.
 
     Uses of one weight matrix join along the token axis, Σ_u g_uᵀ a_u = [g₁; g₂]ᵀ [a₁; a₂].
     """
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(p, Outer) for p in parts):
-        outers = [p for p in parts if isinstance(p, Outer)]
+    if len(uses) == 1:
+        return uses[0]
+    outers = [u for u in uses if isinstance(u, Outer)]
+    if len(outers) == len(uses):
         return Outer(
-            torch.cat([p.left for p in outers], 1), torch.cat([p.right for p in outers], 1)
+            torch.cat([u.left for u in outers], 1), torch.cat([u.right for u in outers], 1)
         )
-    if all(isinstance(p, Lookup) for p in parts):
-        lookups = [p for p in parts if isinstance(p, Lookup)]
+    lookups = [u for u in uses if isinstance(u, Lookup)]
+    if len(lookups) == len(uses):
         return Lookup(
-            torch.cat([p.ids for p in lookups], 1),
-            torch.cat([p.left for p in lookups], 1),
+            torch.cat([u.ids for u in lookups], 1),
+            torch.cat([u.left for u in lookups], 1),
             lookups[0].rows,
         )
-    return Dense(torch.stack([p.dense() for p in parts]).sum(0))
+    return Added(tuple(uses))
 
 
-def kept_bytes(gradients: list[SampleGradients]) -> int:
-    """Memory that keeping these takes; storage shared between them counts once."""
-    seen = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for g in gradients
-        for t in g.storages
-    }
-    return sum(seen.values())
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_j a[b, j] · b[b, j]: [b, n] × [b, n] → [b]."""
+    return torch.linalg.vecdot(a, b) if a.shape[0] > 1 else torch.dot(a[0], b[0])[None]
+
+
+def _hits(row: Tensor, width: int, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Which chosen entries lie in which of some table rows, int64: (position in `row`, in k)."""
+    first = torch.searchsorted(columns.index, row * width)
+    counts = torch.searchsorted(columns.index, (row + 1) * width) - first
+    pair = torch.arange(row.numel(), device=row.device).repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    place = torch.arange(pair.numel(), device=row.device) + (first - before)[pair]
+    return pair, place

@@ -21,15 +21,12 @@ from torch import Tensor
 
 from ird_search.errors import DataError
 from ird_search.fisher.engine import Engine
-from ird_search.fisher.gradients import Columns, SampleGradients, kept_bytes
+from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
 from ird_search.parameters import ParameterSpace
 from ird_search.samples import SampleSet
 
 EXCLUDED_SHARE = 0.01
 """More samples than this without a finite gradient end the run."""
-
-FORM_WHOLE = 1 / 32
-"""From this density on, forming a tensor's whole gradient beats gathering its entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +51,20 @@ class _Tile:
     values: Tensor
 
     def covers(self, rows: Tensor, columns: Tensor) -> bool:
-        return bool(torch.isin(rows, self.rows).all() and torch.isin(columns, self.columns).all())
+        if columns.numel() > self.columns.numel() or not torch.isin(rows, self.rows).all():
+            return False
+        at = torch.searchsorted(self.columns, columns).clamp_(max=self.columns.numel() - 1)
+        return bool((self.columns[at] == columns).all())
 
-    def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        position = {int(r): i for i, r in enumerate(self.rows)}
-        at = torch.tensor([position[int(r)] for r in rows], dtype=torch.int64)
-        chosen = self.values[at]
-        if columns.numel() == self.columns.numel():
-            return chosen
-        return chosen[:, torch.searchsorted(self.columns, columns)]
+    def read(self, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+        """F[i, columns] for one row after another: a second tile is never formed."""
+        position = {row: i for i, row in enumerate(self.rows.tolist())}
+        at = None
+        if columns.numel() < self.columns.numel():
+            at = torch.searchsorted(self.columns, columns)
+        for row in rows.tolist():
+            one = self.values[position[row]]
+            yield one if at is None else one.index_select(0, at)
 
 
 class FisherMatrix:
@@ -72,7 +74,7 @@ class FisherMatrix:
         engine: the path that computes per-sample gradients.
         samples: the N rows.
         space: the P columns.
-        tokens: padded tokens in one batch.
+        tokens: padded tokens in one batch; on a CPU a thousand run as fast as more, in less memory.
         cache_bytes: memory for kept factors, and as much again for a tile.
         device: where batches go.
     """
@@ -83,7 +85,7 @@ class FisherMatrix:
         samples: SampleSet,
         space: ParameterSpace,
         *,
-        tokens: int = 2048,
+        tokens: int = 1024,
         cache_bytes: int = 2 * 2**30,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -94,7 +96,7 @@ class FisherMatrix:
         self.passes = 0.0
         """Forward and backward passes over the whole sample set that were needed so far."""
         self._kept: list[tuple[Tensor, dict[str, SampleGradients]]] = []
-        self._kept_bytes = 0
+        self._kept_bytes: dict[int, int] = {}
         self._tile: _Tile | None = None
 
     def on(self, samples: SampleSet) -> FisherMatrix:
@@ -117,12 +119,9 @@ class FisherMatrix:
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
         for chosen, tensors in self._stream(rows):
             for name, gradients in tensors.items():
-                if masks is not None and name not in masks:
-                    gradients.add_squares(flat[name], _nothing(gradients, flat[name]))
-                    continue
-                part = gradients.add_squares(flat[name], None if masks is None else masks[name])
-                scores[chosen] += part.double().cpu()
-        return Marginals(self._marked(scores)[rows], (sums / self._finite(rows)).cpu())
+                inside = None if masks is None else masks.get(name, self._nothing(name))
+                scores[chosen] += gradients.add_squares(flat[name], inside).double().cpu()
+        return Marginals(self._marked(scores)[rows], sums.div_(self._finite(rows)).cpu())
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
         """r_i(M) for the given rows: float64 [|S|]; −∞ where the gradient is not finite.
@@ -133,19 +132,16 @@ class FisherMatrix:
         """
         if columns is not None and (tile := self._restricted(rows, columns)) is not None:
             scores = torch.zeros(len(self.samples), dtype=torch.float64)
-            scores[rows] = tile.sum(1, dtype=torch.float64)
+            sums = [one.sum(dtype=torch.float64) for one in tile.read(rows, columns)]
+            scores[rows] = torch.stack(sums)
             return self._marked(scores)[rows]
         masks = self._columns(columns)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
         for chosen, tensors in self._stream(rows):
             for name, gradients in tensors.items():
-                if masks is None:
-                    part = gradients.square_norms()
-                elif name not in masks:
-                    continue
-                else:
-                    part = gradients.entries(masks[name].index).square().sum(1)
-                scores[chosen] += part.double().cpu()
+                if masks is None or name in masks:
+                    part = gradients.square_norms(None if masks is None else masks[name])
+                    scores[chosen] += part.double().cpu()
         return self._marked(scores)[rows]
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -158,23 +154,25 @@ class FisherMatrix:
         if columns is None:
             return self.marginals(rows).columns
         if (tile := self._restricted(rows, columns)) is not None:
-            usable = torch.tensor([int(r) not in self.excluded for r in rows])
-            return tile[usable].sum(0) / self._finite(rows)
+            total = torch.zeros(columns.numel())
+            for one in tile.read(rows, columns):
+                total += one
+            return total.div_(self._finite(rows))
         masks = self._columns(columns) or {}
-        whole = {n for n, m in masks.items() if m.index.numel() > FORM_WHOLE * m.numel}
+        whole = {n for n, m in masks.items() if m.count >= SAMPLED * m.numel}
         sums = {
-            n: torch.zeros(m.numel if n in whole else m.index.numel(), device=self.device)
+            n: torch.zeros(m.numel if n in whole else m.count, device=self.device)
             for n, m in masks.items()
         }
         for _, tensors in self._stream(rows):
-            for name in masks.keys() & tensors.keys():
-                gradients = tensors[name]
+            for name in masks:
                 if name in whole:
-                    gradients.add_squares(sums[name], _nothing(gradients, sums[name]))
-                else:
-                    sums[name] += gradients.entries(masks[name].index).square().sum(0)
-        parts = [sums[n][m.index] if n in whole else sums[n] for n, m in masks.items()]
-        return (torch.cat(parts) / self._finite(rows)).cpu()
+                    tensors[name].add_squares(sums[name], self._nothing(name))
+                    continue
+                for _, part in tensors[name].parts(masks[name].count):
+                    sums[name] += part.entries(masks[name]).square().sum(0)
+        found = [m.take(sums[n]) if n in whole else sums[n] for n, m in masks.items()]
+        return torch.cat(found).div_(self._finite(rows)).cpu()
 
     def _columns(self, coords: Tensor | None) -> dict[str, Columns] | None:
         """A set of coordinates as a choice of entries for each tensor that it touches."""
@@ -189,12 +187,18 @@ class FisherMatrix:
         span = self.space.span(name)
         return span.stop - span.start
 
-    def _restricted(self, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """F[rows, columns] where it fits into memory, else None."""
+    def _nothing(self, name: str) -> Columns:
+        """No entry of a tensor."""
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        return Columns(empty, self._numel(name))
+
+    def _restricted(self, rows: Tensor, columns: Tensor) -> _Tile | None:
+        """A tile that holds F[rows, columns] where it fits into memory, else None."""
         if self._tile is not None and self._tile.covers(rows, columns):
-            return self._tile.part(rows, columns)
+            return self._tile
         if rows.numel() * columns.numel() * 4 > self.cache_bytes:
             return None
+        self._tile = None  # two tiles would take twice the memory
         values = torch.zeros(rows.numel(), columns.numel())
         place = torch.full((len(self.samples),), -1)
         place[rows] = torch.arange(rows.numel())
@@ -202,11 +206,12 @@ class FisherMatrix:
         spans = {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(self.space.names)}
         masks = self._columns(columns) or {}
         for chosen, tensors in self._stream(rows):
-            for name in masks.keys() & tensors.keys():
-                found = tensors[name].entries(masks[name].index).square_()
-                values[place[chosen], spans[name]] = found.cpu()
+            for name, mask in masks.items():
+                for part, gradients in tensors[name].parts(mask.count):
+                    found = gradients.entries(mask).square()
+                    values[place[chosen[part]], spans[name]] = found.cpu()
         self._tile = _Tile(rows, columns, values)
-        return values
+        return self._tile
 
     def _stream(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
         """(positions, gradients by name) that together hold each finite row of `rows` once.
@@ -230,27 +235,27 @@ class FisherMatrix:
     def _compute(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
         for batch in self.samples.length_batches(rows, tokens=self.tokens):
             self.passes += len(batch) / len(self.samples)
-            parts = []
-            bad = torch.zeros(len(batch), dtype=torch.bool)
             for c in self.engine.gradients(batch.to(self.device)):
-                bad[c.part] |= ~c.finite.cpu()
-                parts.append((c.part, c.tensors))
-            self._exclude(batch.rows[bad])
-            for part, tensors in parts:
-                have, good = batch.rows[part], ~bad[part]
+                have, good, tensors = batch.rows[c.part], c.finite.cpu(), c.tensors
+                self._exclude(have[~good])
                 if not good.all():
                     at = good.nonzero().flatten().to(self.device)
                     have, tensors = have[good], {n: g.select(at) for n, g in tensors.items()}
+                kept = self._keep(have, tensors)
                 if have.numel():
-                    self._keep(have, tensors, whole=len(parts) == 1)
                     yield have, tensors
+                if not kept:  # whoever still holds the dictionary must not hold the factors
+                    tensors.clear()
 
-    def _keep(self, rows: Tensor, tensors: dict[str, SampleGradients], *, whole: bool) -> None:
-        """Keep the factors of these rows where they fit. Parts of a row are not kept."""
-        size = kept_bytes(list(tensors.values()))
-        if whole and self._kept_bytes + size <= self.cache_bytes:
-            self._kept.append((rows, tensors))
-            self._kept_bytes += size
+    def _keep(self, rows: Tensor, tensors: dict[str, SampleGradients]) -> bool:
+        """Keep the factors of these rows where they fit; storage that is shared counts once."""
+        storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
+        more = {s.data_ptr(): s.nbytes() for s in storages}
+        if not rows.numel() or sum((self._kept_bytes | more).values()) > self.cache_bytes:
+            return False
+        self._kept.append((rows, tensors))
+        self._kept_bytes |= more
+        return True
 
     def _exclude(self, rows: Tensor) -> None:
         self.excluded |= set(rows.tolist())
@@ -263,14 +268,10 @@ class FisherMatrix:
             )
 
     def _marked(self, scores: Tensor) -> Tensor:
+        """The scores of all samples, −∞ at the excluded ones."""
         scores[list(self.excluded)] = -torch.inf
         return scores
 
     def _finite(self, rows: Tensor) -> int:
         """How many of the rows count in a mean."""
         return max(1, rows.numel() - len(self.excluded & set(rows.tolist())))
-
-
-def _nothing(gradients: SampleGradients, sums: Tensor) -> Columns:
-    """An empty choice: sum over samples only."""
-    return Columns(torch.empty(0, dtype=torch.int64, device=sums.device), sums.numel())

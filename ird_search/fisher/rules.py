@@ -67,6 +67,8 @@ def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
     """y_t = W[ids_t]: row ids_t of G receives g_t; the padding row receives nothing."""
+    if module.scale_grad_by_freq:
+        return general(module, a, g)
     padding = module.padding_idx
     ids = a.flatten(1) if padding is None else a.flatten(1).masked_fill(a.flatten(1) == padding, -1)
     return {"weight": Lookup(ids, g.flatten(1, -2), module.num_embeddings)}

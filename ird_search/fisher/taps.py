@@ -10,6 +10,7 @@ work, and weights are never differentiated.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +22,15 @@ from torch.func import vjp
 
 from ird_search.fisher.engine import Contribution, all_finite
 from ird_search.fisher.gradients import SampleGradients, added
-from ird_search.fisher.rules import Rule, rule_for
+from ird_search.fisher.rules import Rule, general, rule_for
 from ird_search.samples import Batch
 from ird_search.task import Inputs, Task, logits_of
 
 PROBE = 2
 """Rows of the forward pass that learns the shapes: enough to tell a batch axis from a broadcast."""
+
+SECOND_PROBE = 3
+"""Rows of another one: an axis that does not follow is no batch axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +77,7 @@ class Taps:
         self.model, self.task = model, task
         self._shapes: dict[Any, Calls] = {}
         sites = find_sites(model, names)
-        calls = self._probe(example, sites)
-        called = {key.rpartition("#")[0] for key in calls.outputs}
-        reached = [s for s in sites if s.name in called and s.name not in calls.opaque]
+        reached = self._reached(example, sites)
         # A tensor shared with a module that no tap reaches would get only a part of its gradient.
         missed = {n for s in sites if s not in reached for n in s.parameters.values()}
         self.sites = [s for s in reached if not missed & set(s.parameters.values())]
@@ -100,8 +102,9 @@ class Taps:
             (outs,) = pull(torch.ones_like(values), retain_graph=False, create_graph=False)
             del pull, found
             outs = {key: _per_sample(g, size) for key, g in outs.items()}
-            finite = all_finite([values, *outs.values()], size)
             tensors = self._contract(inputs, outs, size)
+            seen = [x for x in inputs.values() if x.is_floating_point()]
+            finite = all_finite([values, *outs.values(), *seen], size)
         yield Contribution(slice(0, size), tensors, finite)
 
     def _contract(
@@ -111,33 +114,43 @@ class Taps:
         uses: dict[str, list[SampleGradients]] = {}
         sites = {s.name: s for s in self.sites}
         for key, g in outs.items():
-            site = sites[key.rpartition("#")[0]]
-            found = site.rule(site.module, _per_sample(inputs[key], size), g)
+            site = sites[_site(key)]
+            inputs[key] = _per_sample(inputs[key], size)
+            found = site.rule(site.module, inputs[key], g)
             for local, name in site.parameters.items():
                 uses.setdefault(name, []).append(found[local])
         return {name: added(uses[name]) for name in self.names}
 
     def _zeros(self, batch: Batch) -> dict[str, Tensor]:
-        """The taps of a batch: zeros in the shapes of the sites' outputs."""
+        """The taps of a batch: zeros in the shapes of the sites' outputs, one number in memory."""
         key = tuple((k, tuple(v.shape[1:])) for k, v in sorted(batch.inputs.items()))
         if key not in self._shapes:
             self._shapes[key] = self._probe(batch, self.sites)
         calls = self._shapes[key]
         return {
-            k: torch.zeros(
-                (shape[0] if shape[0] > PROBE else PROBE) // PROBE * len(batch),
-                *shape[1:],
-                dtype=calls.dtypes[k],
-                device=batch.labels.device,
+            k: torch.zeros((), dtype=calls.dtypes[k], device=batch.labels.device).expand(
+                max(1, shape[0] // PROBE) * len(batch), *shape[1:]
             )
             for k, shape in calls.outputs.items()
         }
 
-    def _probe(self, batch: Batch, sites: Sequence[Site]) -> Calls:
-        """A forward pass of two rows that learns the shapes of the sites' outputs."""
-        rows = torch.arange(PROBE, device=batch.labels.device) % len(batch)
-        inputs: Inputs = {key: value[rows] for key, value in batch.inputs.items()}
-        with torch.no_grad(), tapped(sites, None) as calls:
+    def _reached(self, example: Batch, sites: Sequence[Site]) -> list[Site]:
+        """The sites that are called with one tensor, answer with one, and put samples first."""
+        few, more = (self._probe(example, sites, rows=n) for n in (PROBE, SECOND_PROBE))
+        odd = few.opaque | more.opaque
+        for key in few.outputs.keys() | more.outputs.keys():
+            # A module that keeps its tokens first, or routes them, answers by other rules.
+            if not _samples_first(few.outputs.get(key), more.outputs.get(key)):
+                odd.add(_site(key))
+        called = {_site(key) for key in few.outputs}
+        return [s for s in sites if s.name in called and s.name not in odd]
+
+    def _probe(self, batch: Batch, sites: Sequence[Site], *, rows: int = PROBE) -> Calls:
+        """A forward pass of a few rows that learns the shapes of the sites' outputs."""
+        chosen = torch.arange(rows, device=batch.labels.device) % len(batch)
+        inputs: Inputs = {key: value[chosen] for key, value in batch.inputs.items()}
+        # With gradients on: layers with a fused path for inference must take the other here too.
+        with torch.enable_grad(), tapped(sites, None) as calls:
             logits_of(self.model, inputs)
         calls.inputs.clear()
         return calls
@@ -165,17 +178,19 @@ def find_sites(model: nn.Module, names: Sequence[str]) -> list[Site]:
 def tapped(sites: Sequence[Site], taps: dict[str, Tensor] | None) -> Iterator[Calls]:
     """Hooks that add `taps` to the sites' outputs and record the calls; gone on leaving."""
     calls = Calls()
+    counts: Counter[str] = Counter()
 
     def record(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if len(given) != 1 or not isinstance(output, Tensor) or site.rule is _no_rule:
+        # The general rule calls the module again, with the tensor alone.
+        settings = site.rule is general and any(
+            v is not None and not isinstance(v, Tensor) for v in (*args, *kwargs.values())
+        )
+        if len(given) != 1 or not isinstance(output, Tensor) or settings or site.rule is _no_rule:
             calls.opaque.add(site.name)
             return output
-        if taps is None and output.shape[0] != 1 and output.shape[0] % PROBE:
-            calls.opaque.add(site.name)  # the leading axis is no batch axis
-            return output
-        count = sum(key.rpartition("#")[0] == site.name for key in calls.outputs)
-        key = f"{site.name}#{count}"
+        key = f"{site.name}#{counts[site.name]}"
+        counts[site.name] += 1
         calls.inputs[key], calls.outputs[key] = given[0], output.shape
         calls.dtypes[key] = output.dtype
         return output if taps is None else output + taps[key]
@@ -192,6 +207,21 @@ def tapped(sites: Sequence[Site], taps: dict[str, Tensor] | None) -> Iterator[Ca
 
 def _no_rule(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
     raise AssertionError(f"{type(module).__name__} has no rule; it is left to vmap")
+
+
+def _site(key: str) -> str:
+    """The site of a call."""
+    return key.rpartition("#")[0]
+
+
+def _samples_first(few: torch.Size | None, more: torch.Size | None) -> bool:
+    """Whether outputs for `PROBE` and `SECOND_PROBE` rows differ in a leading batch axis alone.
+
+    One broadcast row, and the tokens of all samples in one axis, are taken for a batch axis too.
+    """
+    if not few or not more or few[1:] != more[1:]:
+        return False
+    return few[0] == more[0] == 1 or few[0] * SECOND_PROBE == more[0] * PROBE
 
 
 def _per_sample(x: Tensor, size: int) -> Tensor:

@@ -1,0 +1,193 @@
+"""What the columns of the user's rows are for: text, label, image, or model inputs already.
+
+Told by their names first, then by what the first rows hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from ird_search.errors import DataError, nearest
+from ird_search.task import POSITIONAL
+
+Kind = Literal["classification", "regression", "causal-lm", "image-classification"]
+Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+TEXT_SINGLES = ("sentence", "text", "review", "content", "comment", "tweet", "document")
+COMPLETION = ("prompt", "completion")
+LABELS = ("label", "labels", "target", "class", "score", "y", "category", "sentiment")
+IDS = ("idx", "id", "index", "guid", "uid", "__index_level_0__")
+NOT_INPUTS = (*IDS, "special_tokens_mask", "offset_mapping", "length")
+"""Columns that tokenising leaves behind and no model takes."""
+
+IMAGES = ("image", "img", "picture", "photo")
+ENCODED = ("input_ids", "pixel_values", "input_values", "input_features", POSITIONAL)
+"""Columns whose presence says that the rows are model inputs already."""
+
+HEAD_ROWS = 64
+"""Rows looked at to tell what a column holds."""
+
+
+def names_of(rows: Rows) -> tuple[str, ...]:
+    """Names of all columns."""
+    if isinstance(rows, datasets.Dataset):
+        return tuple(rows.column_names)
+    return tuple(rows[0]) if rows else ()
+
+
+def values_of(rows: Rows, name: str) -> list[Any]:
+    """One column, in the order of the rows."""
+    if isinstance(rows, datasets.Dataset):
+        return list(rows[name][:])
+    return [row[name] for row in rows]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What was made of the columns: one or two of text, or an image, or model inputs."""
+
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    image: str | None = None
+    inputs: tuple[str, ...] = ()
+
+
+def name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: str) -> Columns:
+    """Tell what the columns are for, beginning with those that were asked for.
+
+    Raises:
+        DataError: a column that is not there, or which one holds the text cannot be told.
+    """
+    columns = names_of(rows)
+    asked = [*text, *([label] if label is not None else [])]
+    if unknown := [name for name in asked if name not in columns]:
+        raise DataError(
+            f"{origin} has no column {name!r}; its columns are {', '.join(columns)}."
+            f"{nearest(name, columns)}"
+            for name in unknown
+        )
+    if len(text) > 2:
+        raise DataError(f"One text column, or the two of a pair, are accepted, not {len(text)}.")
+    first = _first_values(rows)
+    encoded = not text and any(name in ENCODED for name in columns)
+    if label is None:
+        # a tokenised language-model row may hold both a class `label` and token `labels`
+        order = ("labels", *LABELS) if encoded else LABELS
+        label = _by_name(columns, order, barred=text)
+    if encoded:
+        left = [c for c in columns if c not in (label, "label", "labels") and c not in NOT_INPUTS]
+        return Columns(
+            label=label, inputs=tuple(c for c in left if c in ENCODED or _is_numbers(first[c]))
+        )
+    rest = [c for c in columns if c != label and c.lower() not in IDS]
+    if not text and (image := _image_column(rest, first)):
+        return Columns(label=label, image=image)
+    return Columns(text=text or _text_columns(rest, first, label, columns, origin), label=label)
+
+
+def _text_columns(
+    rest: list[str],
+    first: Mapping[str, Any],
+    label: str | None,
+    columns: Sequence[str],
+    origin: str,
+) -> tuple[str, ...]:
+    """By name first, then the string columns if there are exactly one or two."""
+    known = {name.lower(): name for name in rest}
+    groups = (
+        ((COMPLETION,) if label is None else ()) + TEXT_PAIRS + tuple((s,) for s in TEXT_SINGLES)
+    )
+    for group in groups:
+        if all(name in known for name in group):
+            return tuple(known[name] for name in group)
+    strings = tuple(name for name in rest if isinstance(first[name], str))
+    if 1 <= len(strings) <= 2:
+        return strings
+    raise DataError(
+        f"Which column of {origin} holds the text cannot be told; its columns are "
+        f"{', '.join(columns)}. Name one, or the two of a pair, with text_columns "
+        "(--text-column)."
+    )
+
+
+def _image_column(rest: list[str], first: Mapping[str, Any]) -> str | None:
+    for name in rest:
+        array = name.lower() in IMAGES and isinstance(first[name], (np.ndarray, Tensor, list))
+        if array or is_picture(first[name]):
+            return name
+    return None
+
+
+def _by_name(columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str]) -> str | None:
+    known = {name.lower(): name for name in columns if name not in barred}
+    return next((known[name] for name in wanted if name in known), None)
+
+
+def _first_values(rows: Rows) -> dict[str, Any]:
+    """The first value of each column that is not null, among the first rows."""
+    found: dict[str, Any] = dict.fromkeys(names_of(rows))
+    for i in range(min(HEAD_ROWS, len(rows))):
+        missing = [name for name, value in found.items() if value is None]
+        if not missing:
+            break
+        row = rows[i]
+        found.update({name: row[name] for name in missing})
+    return found
+
+
+def _is_numbers(value: Any) -> bool:
+    """A tensor, an array, or a list of numbers (nested or not)."""
+    while isinstance(value, (list, tuple)) and len(value):
+        value = value[0]
+        if isinstance(value, (int, float)):
+            return True
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def is_picture(value: Any) -> bool:
+    """A PIL image, known by its attributes since Pillow is optional."""
+    return hasattr(value, "convert") and hasattr(value, "getbands")
+
+
+def label_kind(rows: Rows, columns: Columns) -> tuple[tuple[str, ...] | None, Kind, int | None]:
+    """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them."""
+    if columns.label is None:
+        return None, "causal-lm", None
+    whole: Kind = "image-classification" if columns.image else "classification"
+    if "pixel_values" in columns.inputs:
+        whole = "image-classification"
+    features = rows.features if isinstance(rows, datasets.Dataset) else {}
+    if isinstance(feature := features.get(columns.label), datasets.ClassLabel) and feature.names:
+        return tuple(feature.names), whole, len(feature.names)
+    values = [plain_label(value) for value in values_of(rows, columns.label)]
+    if any(isinstance(value, list) for value in values):
+        return None, "causal-lm", None
+    if strings := {value for value in values if isinstance(value, str) and value}:
+        return tuple(sorted(strings)), whole, len(strings)
+    numbers = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    if any(value != int(value) for value in numbers):
+        return None, "regression", None
+    return None, whole, max([2, *(int(v) + 1 for v in numbers)])
+
+
+def plain_label(value: Any) -> Any:
+    """A label as a Python value: a tensor or array of one element as its number, else a list."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,448 @@
+"""`encode`: from a `Source` to a `SampleSet`.
+
+Rows are tokenised and labels mapped, and everything that is wrong with the rows is found before any
+model runs and told at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ird_search.columns import plain_label
+from ird_search.errors import DataError, UsageError, nearest
+from ird_search.samples import SampleSet
+from ird_search.sources import Source
+from ird_search.task import IGNORED, POSITIONAL
+
+SHOWN = 10
+"""Bad rows that a message lists."""
+
+
+def encode(
+    source: Source,
+    *,
+    task: str = "auto",
+    processor: Any = None,
+    training: bool = True,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    max_length: int | None = None,
+    max_positions: int | None = None,
+    vocab_size: int | None = None,
+    pad_id: int | None = None,
+) -> SampleSet:
+    """Tokenise a source, map its labels, and check every row.
+
+    Args:
+        task: classification, regression, causal-lm or image-classification; `auto` takes what the
+            source suggests.
+        processor: the tokenizer or image processor; not needed for rows that are inputs already.
+        training: rows to learn from, which need two classes. Rows to evaluate on have their label
+            text mapped by `label_names`, which they need then.
+        num_labels: number of classes of the model, where known.
+        label_names: class names in the order of their ids; those of the source by default.
+        max_length: cut samples to so many tokens.
+        max_positions: the longest sample the model takes.
+        vocab_size: number of token ids of the model.
+        pad_id: token id that fills a batch; the tokenizer's own by default, then its end of text.
+
+    A language model learns all tokens of its text; of two columns, the first is a prompt that
+    carries no likelihood.
+
+    Raises:
+        DataError: rows that cannot be used; up to ten are listed with their numbers.
+        UsageError: a processor is missing, or a setting is out of range.
+
+    Example:
+        >>> from ird_search.sources import read_source
+        >>> encode(read_source([(torch.zeros(3), 1), (torch.ones(3), 0)]))
+        SampleSet(2 samples, 2 classes, inputs: input, 1 token)
+    """
+    kind = source.kind if task == "auto" else task
+    _check_settings(kind, max_length, max_positions)
+    problems = _Problems(source)
+    rows, starts = _model_inputs(source, kind, processor, max_length, problems)
+    inputs = [_tensors(row, i, max_length, problems) for i, row in enumerate(rows)]
+    if kind == "causal-lm":
+        labels: tuple[Tensor, ...] | Tensor = _token_labels(source, inputs, starts, problems)
+        names = None
+    elif kind == "regression":
+        labels, names = _number_labels(source, problems), None
+    else:
+        names = tuple(label_names) if label_names else None
+        labels = _class_labels(source, names, num_labels, training, problems)
+        names = names or source.label_names
+    _check_shapes(inputs, problems)
+    _check_tokens(inputs, max_positions, vocab_size, problems)
+    problems.raise_any()
+    if "input_ids" in inputs[0] and (processor is not None or pad_id is not None):
+        inputs = [{**row, "attention_mask": _mask(row)} for row in inputs]
+    return SampleSet(
+        inputs=tuple(inputs),
+        labels=labels,
+        ids=torch.tensor(source.ids, dtype=torch.int64),
+        pad=_padding(processor, pad_id),
+        label_names=names,
+    )
+
+
+class _Problems:
+    """What is wrong with the rows, gathered so that all of it is told at once."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.whole: list[str] = []
+        self.rows: dict[int, str] = {}
+
+    def add(self, row: int, text: str) -> None:
+        """One problem of one row; the first that is found stands for it."""
+        self.rows.setdefault(row, text)
+
+    def raise_any(self) -> None:
+        if not self.rows and not self.whole:
+            return
+        lines = [f"row {self.source.ids[row]}: {self.rows[row]}" for row in sorted(self.rows)]
+        if len(lines) == 1:
+            told = [f"{self.source.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
+        elif lines:
+            shown = lines[:SHOWN] + (
+                [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            )
+            head = f"{len(lines)} rows of {self.source.origin} cannot be used (counting from 0):"
+            told = ["\n    ".join([head, *shown])]
+        else:
+            told = []
+        raise DataError([*self.whole, *told])
+
+
+def _check_settings(kind: str, max_length: int | None, max_positions: int | None) -> None:
+    known = ("classification", "regression", "causal-lm", "image-classification")
+    problems = []
+    if kind not in known:
+        problems.append(
+            f"Unknown task {kind!r}; known are {', '.join(known)}.{nearest(kind, known)}"
+        )
+    if max_length is not None and max_length < 1:
+        problems.append(f"max_length is {max_length}; it must be at least 1.")
+    if max_length is not None and max_positions is not None and max_length > max_positions:
+        problems.append(
+            f"max_length is {max_length}, but the model takes {max_positions} tokens at most."
+        )
+    if problems:
+        raise UsageError(problems)
+
+
+def _model_inputs(
+    source: Source, kind: str, processor: Any, max_length: int | None, problems: _Problems
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Each row's inputs, and the first position that a language model is to predict."""
+    if source.tokenised:
+        columns = {name: source.column(name) for name in source.input_columns}
+        return _rows(columns), [0] * len(source)
+    if processor is None:
+        what = "images, so an image processor" if source.image_column else "text, so a tokenizer"
+        raise UsageError(f"{source.origin} holds {what} is needed: pass `processor`.")
+    if source.image_column:
+        return _read_images(source.column(source.image_column), processor, problems), [0] * len(
+            source
+        )
+    texts = [_texts(source, name, problems) for name in source.text_columns]
+    if kind == "causal-lm" and len(texts) == 2:
+        return _read_prompts(texts[0], texts[1], processor, max_length)
+    return _rows(_tokenise(processor, texts, max_length)), [0] * len(source)
+
+
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _texts(source: Source, name: str, problems: _Problems) -> list[str]:
+    values = source.column(name)
+    for i, value in enumerate(values):
+        if value is None:
+            problems.add(i, f"the text in {name!r} is missing")
+        elif not isinstance(value, str):
+            problems.add(i, f"{name!r} is {value!r} ({type(value).__name__}), not text")
+    # a bad row goes on as an empty text, so that the other rows are checked to the end
+    return [value if isinstance(value, str) else "" for value in values]
+
+
+def _tokenise(
+    processor: Any, texts: Sequence[list[str]], max_length: int | None, **more: Any
+) -> Any:
+    # verbose: "sequence length is longer than …" is told by our own check, with row numbers
+    return processor(
+        *texts,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=True,
+        verbose=False,
+        **more,
+    )
+
+
+def _read_prompts(
+    prompts: list[str], completions: list[str], processor: Any, max_length: int | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Prompt and completion tokenised as one text, cut where the characters say."""
+    if not getattr(processor, "is_fast", False):
+        raise UsageError("A prompt and a completion need a fast tokenizer (one with offsets).")
+    whole = [p + c for p, c in zip(prompts, completions, strict=True)]
+    columns = dict(_tokenise(processor, [whole], max_length, return_offsets_mapping=True))
+    offsets = columns.pop("offset_mapping")
+    starts = [
+        next((t for t, (_, end) in enumerate(spans) if end > len(prompt)), len(spans))
+        for spans, prompt in zip(offsets, prompts, strict=True)
+    ]
+    return _rows(columns), starts
+
+
+def _read_images(
+    images: Sequence[Any], processor: Any, problems: _Problems
+) -> list[dict[str, Any]]:
+    rows = []
+    for i, image in enumerate(images):
+        pixels = None
+        if image is None:
+            problems.add(i, "the image is missing")
+        else:
+            try:
+                colour = image.convert("RGB") if hasattr(image, "convert") else image
+                pixels = processor(images=colour, return_tensors="pt")["pixel_values"][0]
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                problems.add(i, f"the image could not be read: {error}")
+        rows.append({"pixel_values": torch.zeros(0) if pixels is None else pixels})
+    return rows
+
+
+def _tensors(
+    row: Mapping[str, Any], i: int, max_length: int | None, problems: _Problems
+) -> dict[str, Tensor]:
+    found = {}
+    for name, value in row.items():
+        try:
+            if value is None:
+                raise TypeError("it is missing")
+            found[name] = _tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.add(i, f"{name!r} is no tensor: {error}")
+            found[name] = torch.zeros(0)
+    tokens = found.get("input_ids", found.get(POSITIONAL))
+    if max_length is not None and tokens is not None and _is_tokens(tokens):
+        length = len(tokens)
+        for name, t in found.items():
+            if t.ndim == 1 and len(t) == length:
+                found[name] = t[:max_length]
+    return found
+
+
+def _tensor(value: Any) -> Tensor:
+    """On the CPU; whole numbers as int64 (bytes and bools stay), a list's decimals as float32."""
+    if isinstance(value, Tensor):
+        t = value.detach().cpu()
+    else:
+        t = torch.as_tensor(np.asarray(value))
+        t = t.to(torch.get_default_dtype()) if t.is_floating_point() else t
+    return t.long() if t.dtype in (torch.int16, torch.int32) else t
+
+
+def _is_tokens(t: Tensor) -> bool:
+    return t.ndim == 1 and not t.is_floating_point()
+
+
+def _mask(row: Mapping[str, Tensor]) -> Tensor:
+    """The row's own attention mask, or ones: padding must not be attended to."""
+    return row["attention_mask"] if "attention_mask" in row else torch.ones_like(row["input_ids"])
+
+
+def _padding(processor: Any, pad_id: int | None) -> dict[str, int | float]:
+    own = (getattr(processor, "pad_token_id", None), getattr(processor, "eos_token_id", None))
+    token = next((value for value in (pad_id, *own) if value is not None), 0)
+    return {"input_ids": token, "token_type_ids": getattr(processor, "pad_token_type_id", 0)}
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def _label_values(source: Source, problems: _Problems) -> list[Any]:
+    """One plain value a row; `None` where it is missing, which is told."""
+    if source.label_column is None:
+        problems.whole.append(
+            f"{source.origin} has no label column that can be told; its columns are "
+            f"{', '.join(source.columns)}. Name it with label_column (--label-column)."
+        )
+        return [None] * len(source)
+    values = [plain_label(value) for value in source.column(source.label_column)]
+    for i, value in enumerate(values):
+        if value is None or value == "" or value != value:
+            problems.add(i, f"the label in {source.label_column!r} is missing")
+            values[i] = None
+        elif isinstance(value, list):
+            problems.add(i, f"the label is a list of {len(value)}; one label a row is accepted")
+            values[i] = None
+    return values
+
+
+def _number_labels(source: Source, problems: _Problems) -> Tensor:
+    values = _label_values(source, problems)
+    for i, value in enumerate(values):
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            problems.add(i, f"the label {value!r} is not a finite number")
+            values[i] = None
+    return torch.tensor([0.0 if v is None else float(v) for v in values], dtype=torch.float32)
+
+
+def _class_labels(
+    source: Source,
+    names: tuple[str, ...] | None,
+    num_labels: int | None,
+    training: bool,
+    problems: _Problems,
+) -> Tensor:
+    values = _label_values(source, problems)
+    own = source.label_names
+    if names is None and own is not None and training:
+        names = own
+    count = num_labels or (len(names) if names else None)
+    spelled = any(isinstance(value, str) for value in values)
+    found = []
+    for i, value in enumerate(values):
+        if own and names and names != own and isinstance(value, int) and 0 <= value < len(own):
+            value = own[value]  # class ids of another order mean what their names say
+        label, problem = (0, "") if value is None else _class_id(value, names, count)
+        if spelled and isinstance(value, (int, float)):
+            problem = f"the label {value!r} is a number, where other labels are text"
+        if problem:
+            problems.add(i, problem)
+        elif value is not None:
+            found.append(label)
+        values[i] = label
+    if training and len(found) == len(values) and len(set(found)) == 1:
+        only = f"{found[0]}" + (f" ({names[found[0]]!r})" if names else "")
+        problems.whole.append(
+            f"All {len(found):,} labels of {source.origin} are {only}; a classification learns "
+            "from two classes or more. If rows are sorted by label, shuffle them or raise limit."
+        )
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _class_id(value: Any, names: tuple[str, ...] | None, count: int | None) -> tuple[int, str]:
+    """(class id, what is wrong with it)."""
+    if isinstance(value, str):
+        if names is None:
+            return 0, f"the label {value!r} is text, but the training labels are numbers"
+        if value not in names:
+            known = ", ".join(map(repr, names[:SHOWN]))
+            return 0, f"the label {value!r} is not among {known}.{nearest(value, names)}"
+        value = names.index(value)
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int):
+        return 0, f"the label {value!r} is not a whole number; for numbers use task 'regression'"
+    if value < 0 or (count is not None and value >= count):
+        accepted = f"0 to {count - 1}" if count is not None else "0 and above"
+        return 0, f"the label {value} is out of range; {accepted} are accepted"
+    return int(value), ""
+
+
+def _token_labels(
+    source: Source,
+    inputs: Sequence[Mapping[str, Tensor]],
+    starts: Sequence[int],
+    problems: _Problems,
+) -> tuple[Tensor, ...]:
+    """Labels aligned with the tokens; −100 on prompts and on padding that the rows brought."""
+    if "input_ids" not in inputs[0]:
+        problems.whole.append(
+            f"{source.origin} holds no tokens; a language model needs 'input_ids'."
+        )
+        return tuple(torch.zeros(0, dtype=torch.int64) for _ in inputs)
+    own: Sequence[Any] = [None] * len(source)
+    if source.tokenised and source.label_column is not None:
+        own = source.column(source.label_column)
+    found = []
+    for i, row in enumerate(inputs):
+        tokens = row["input_ids"]
+        if isinstance(own[i], (list, tuple, np.ndarray, Tensor)):
+            labels = _tensor(own[i])[: len(tokens)].long()
+        else:
+            labels = (
+                torch.where(_mask(row).bool(), tokens, IGNORED) if _is_tokens(tokens) else tokens
+            )
+            labels[: starts[i]] = IGNORED
+        found.append(labels)
+        if problem := _token_problem(tokens, labels):
+            problems.add(i, problem)
+    return tuple(found)
+
+
+def _token_problem(tokens: Tensor, labels: Tensor) -> str:
+    if not _is_tokens(tokens):
+        return ""  # told by the check of tokens
+    if labels.shape != tokens.shape:
+        return f"{len(labels)} labels came for {len(tokens)} tokens"
+    if len(tokens) < 2:
+        return "1 token came; a language model needs 2 to predict one"
+    if bool((labels[1:] == IGNORED).all()):
+        return "no token is left to predict (every label is -100)"
+    return ""
+
+
+# --- checks of tensors --------------------------------------------------------------------------
+
+
+def _check_shapes(inputs: Sequence[Mapping[str, Tensor]], problems: _Problems) -> None:
+    """Finite numbers, and one shape for everything that is not padded."""
+    for name in inputs[0]:
+        column = [row[name] for row in inputs]
+        usual, _ = Counter(tuple(t.shape) for t in column).most_common(1)[0]
+        features = name == POSITIONAL and column[0].is_floating_point()  # never padded
+        for i, t in enumerate(column):
+            if tuple(t.shape) != usual and not (t.ndim == len(usual) == 1 and not features):
+                problems.add(
+                    i, f"{name!r} has shape {list(t.shape)}, but most rows have {list(usual)}"
+                )
+            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+                bad = int((~torch.isfinite(t)).sum())
+                problems.add(i, f"{name!r} holds {bad} of {t.numel()} numbers that are not finite")
+
+
+def _check_tokens(
+    inputs: Sequence[Mapping[str, Tensor]],
+    max_positions: int | None,
+    vocab_size: int | None,
+    problems: _Problems,
+) -> None:
+    for i, row in enumerate(inputs):
+        tokens = row.get("input_ids")
+        if tokens is None or not len(tokens):
+            if tokens is not None:
+                problems.add(i, "no token came (an empty text, and a tokenizer that adds none?)")
+            continue
+        if not _is_tokens(tokens):
+            problems.add(i, f"'input_ids' is {tokens.dtype} {list(tokens.shape)}, not token ids")
+            continue
+        if max_positions is not None and len(tokens) > max_positions:
+            problems.add(
+                i,
+                f"{len(tokens)} tokens, but the model takes {max_positions}; "
+                f"max_length={max_positions} (--max-length {max_positions}) cuts",
+            )
+        low, high = (int(v) for v in torch.aminmax(tokens))
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            known = f"0 to {vocab_size - 1}" if vocab_size is not None else "0 and above"
+            problems.add(
+                i,
+                f"token id {low if low < 0 else high} is out of range, the model knows {known}; "
+                "does the tokenizer belong to this model?",
+            )

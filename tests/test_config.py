@@ -1,0 +1,98 @@
+"""Settings: one place, legal ranges, all problems at once."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+import yaml
+
+from ird_search.config import DataConfig, SearchConfig, choices, split_settings
+from ird_search.errors import UsageError
+
+
+def refused(config: Any = SearchConfig, **settings: Any) -> str:
+    with pytest.raises(UsageError) as error:
+        config(**settings)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"density": 0}, "density is 0; it must be above 0 and at most 1."),
+        ({"density": 1.5}, "density is 1.5; it must be above 0 and at most 1."),
+        ({"density": float("nan")}, "density is nan; it must be above 0 and at most 1."),
+        ({"density": "0.1"}, "density is '0.1'; it must be a number."),
+        ({"density": True}, "density is True; it must be a number."),
+        ({"pool": 0}, "pool is 0; it must be at least 1."),
+        ({"pool": 2.5}, "pool is 2.5; it must be a number."),
+        ({"rounds": 65}, "rounds is 65; it must be at least 1 and at most 64."),
+        ({"learning_rate": 0.0}, "learning_rate is 0; it must be above 0."),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0."),
+        ({"weight_decay": -1}, "weight_decay is -1; it must be at least 0."),
+        ({"eval_samples": 3}, "eval_samples is 3; it must be at least 4."),
+        ({"embeddings": 1}, "embeddings is 1; it must be bool."),
+        ({"device": None}, "device is None; it must be str."),
+        ({"include": "query"}, "include is 'query'; it must be a list of strings."),
+        ({"head": [3]}, "head is [3]; it must be a list of strings."),
+        (
+            {"strategy": "wlak"},
+            "strategy is 'wlak'; it must be one of walk, ladder. Did you mean 'walk'?",
+        ),
+        ({"min_samples": 200}, "min_samples (200) is larger than pool (128)."),
+    ],
+)
+def test_each_setting_has_a_legal_range(settings: dict[str, Any], text: str) -> None:
+    assert refused(**settings) == text
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = refused(density=0, pool=0, score="accuracy", seed=-1)
+    assert text.startswith("4 problems:\n")
+    for name in ("density is 0", "pool is 0", "score is 'accuracy'", "seed is -1"):
+        assert f"  - {name}" in text
+    assert "limit is 0" in refused(DataConfig, limit=0, max_length=0)
+
+
+def test_every_setting_is_told_and_its_default_is_legal() -> None:
+    for config in (SearchConfig, DataConfig):
+        config()
+        assert all(f.metadata["help"] for f in fields(config))
+
+
+def test_a_config_is_a_value_and_plain_data() -> None:
+    config = SearchConfig(include=["query", "value"], learning_rate=1e-5)  # type: ignore[arg-type]
+    assert config.include == ("query", "value") and hash(config) == hash(config.replace())
+    with pytest.raises(FrozenInstanceError):
+        config.density = 0.1  # type: ignore[misc]
+    text = yaml.safe_dump(config.to_dict())
+    assert SearchConfig(**yaml.safe_load(text)) == config
+    assert config.replace(density=0.1).density == 0.1 and config.density == 0.005
+    with pytest.raises(UsageError):
+        config.replace(density=2)
+
+
+def test_keywords_find_their_config() -> None:
+    search, data = split_settings({"density": 0.1, "label_column": "y"})
+    assert search == {"density": 0.1} and data == DataConfig(label_column="y")
+    with pytest.raises(UsageError) as error:
+        split_settings({"densty": 0.1, "lable_column": "y"})
+    assert "Unknown setting 'densty'. Did you mean 'density' or" in str(error.value)
+    assert "Unknown setting 'lable_column'. Did you mean 'label_column'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("density", "parameters", "budget"), [(0.005, 1000, 5), (1.0, 7, 7), (1e-6, 1000, 0)]
+)
+def test_the_budget_is_the_nearest_whole_number(
+    density: float, parameters: int, budget: int
+) -> None:
+    assert SearchConfig(density=density).budget(parameters) == budget
+
+
+def test_choices_of_a_setting() -> None:
+    hints = {f.name: f.type for f in fields(SearchConfig)}
+    assert hints["strategy"] == "Strategy" and choices(int) == ()

@@ -1,0 +1,612 @@
+"""The Fisher engine: all paths are one matrix, F[i, j] = (∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ)²."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from ird_search.errors import DataError
+from ird_search.fisher import (
+    Engine,
+    FallbackWarning,
+    FisherMatrix,
+    make_engine,
+    register_rule,
+    rules,
+)
+from ird_search.fisher.gradients import Added, Columns, Dense, Lookup, Outer, SampleGradients, added
+from ird_search.fisher.loop import Loop
+from ird_search.fisher.taps import Taps
+from ird_search.fisher.vmap import VMap
+from ird_search.parameters import ParameterSpace
+from ird_search.samples import Batch, SampleSet
+from ird_search.selection import top_k
+from ird_search.task import Classification
+from tests.cases import CASES, Case, Problem, made, named, problem, texts, vectors
+from tests.reference import fisher, per_sample_gradients, relative_error
+
+CLOSE = 1e-5
+HUGE = 2**40
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@cache
+def truth(case: Case) -> Tensor:
+    p = made(case)
+    return fisher(p.model, p.task, p.samples, p.space)
+
+
+def engine_of(p: Problem, method: str = "auto", device: str = "cpu") -> Engine:
+    example = p.samples.batch(range(len(p.samples)), device)
+    return make_engine(p.model, p.task, p.space, example=example, method=method)
+
+
+def matrix_of(p: Problem, method: str = "auto", **settings: Any) -> FisherMatrix:
+    return FisherMatrix(engine_of(p, method), p.samples, p.space, **{"cache_bytes": 0} | settings)
+
+
+def some_columns(p: int, density: float) -> Tensor:
+    generator = torch.Generator().manual_seed(int(1000 * density))
+    return torch.randperm(p, generator=generator)[: max(1, int(density * p))].sort().values
+
+
+def check_matrix(m: FisherMatrix, f: Tensor) -> None:
+    """Everything that the search reads of F."""
+    rows = torch.tensor([4, 0, 3])
+    everything = m.marginals()
+    assert relative_error(everything.columns, f.mean(0)) <= CLOSE
+    assert relative_error(everything.rows, f.sum(1)) <= CLOSE
+    assert relative_error(m.row_scores(rows), f[rows].sum(1)) <= CLOSE
+    for density in (0.02, 0.5):  # few entries are sampled, many are read from the whole
+        columns = some_columns(f.shape[1], density)
+        both = m.marginals(rows, within=columns)
+        assert relative_error(both.rows, f[rows][:, columns].sum(1)) <= CLOSE
+        assert relative_error(both.columns, f[rows].mean(0)) <= CLOSE
+        assert relative_error(m.row_scores(rows, columns), f[rows][:, columns].sum(1)) <= CLOSE
+        assert relative_error(m.column_scores(rows, columns), f[rows][:, columns].mean(0)) <= CLOSE
+    assert relative_error(m.column_scores(rows), f[rows].mean(0)) <= CLOSE
+
+
+# --- every path equals plain autograd, row by row, unpadded -----------------------------------
+
+
+@by_case
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_paths_equal_the_reference(case: Case, method: str) -> None:
+    m = matrix_of(made(case), method)
+    assert m.engine.path == (case.path if method == "auto" else method)
+    check_matrix(m, truth(case))
+
+
+@by_case
+def test_entries_and_dense_forms_agree(case: Case) -> None:
+    p = made(case)
+    wanted = per_sample_gradients(p.model, p.task, p.samples, p.space)
+    rows = [4, 0, 2]
+    for c in engine_of(p).gradients(p.samples.batch(rows)):
+        assert bool(c.finite.all())
+        assert set(c.tensors) == set(p.space.names)
+        for name, gradients in c.tensors.items():
+            truth_here = wanted[rows][c.part][:, p.space.span(name)].float()
+            # An attention key's bias has no gradient but rounding noise.
+            noise = {"atol": 1e-6 * float(wanted.abs().max()), "rtol": 1e-4}
+            torch.testing.assert_close(gradients.dense(), truth_here, **noise)
+            for density in (0.05, 0.6, 1.0):
+                index = some_columns(truth_here.shape[1], density)
+                found = gradients.entries(Columns(index, truth_here.shape[1]))
+                torch.testing.assert_close(found, truth_here[:, index], **noise)
+            turned = gradients.select(torch.arange(gradients.batch).flip(0))
+            torch.testing.assert_close(turned.dense(), truth_here.flip(0), **noise)
+
+
+def test_softmax_regression_has_a_closed_form() -> None:
+    # ∇_W log p(y | x) = (e_y − p) xᵀ, so F_W = (e_y − p)² ⊗ x² and F_b = (e_y − p)².
+    p = problem(nn.Linear(5, 3), Classification(3), vectors(5))
+    x = torch.stack([row["input"] for row in p.samples.inputs])
+    error = (nn.functional.one_hot(p.samples.labels) - p.model(x).softmax(-1)).detach().square()
+    weight = (error[:, :, None] * x.square()[:, None, :]).flatten(1)
+    closed = torch.cat([weight, error], 1)
+    found = matrix_of(p).marginals()
+    assert relative_error(found.columns, closed.mean(0)) <= CLOSE
+    assert relative_error(found.rows, closed.sum(1)) <= CLOSE
+
+
+@by_case
+def test_mean_of_sample_gradients_is_the_batch_gradient(case: Case) -> None:
+    p = made(case)
+    batch = p.samples.batch(range(6))
+    sums = dict.fromkeys(p.space.names, 0.0)
+    for c in engine_of(p).gradients(batch):
+        for name, gradients in c.tensors.items():
+            sums[name] = sums[name] + gradients.dense().sum(0)
+    for q in p.model.parameters():
+        q.requires_grad_(True)
+    inputs = batch.inputs["input"] if set(batch.inputs) == {"input"} else None
+    out = p.model(inputs) if inputs is not None else p.model(**batch.inputs).logits
+    p.task.log_likelihood(out, batch.labels).sum().backward()
+    weights = dict(p.model.named_parameters())
+    whole = torch.cat([weights[n].grad.reshape(-1) for n in p.space.names])
+    ours = torch.cat([sums[n] for n in p.space.names])
+    assert relative_error(ours, whole) <= CLOSE
+
+
+def test_squares_are_taken_per_sample_not_of_the_batch_sum() -> None:
+    p = named("bert-sdpa")
+    gradients = per_sample_gradients(p.model, p.task, p.samples, p.space)
+    ours = matrix_of(p).marginals().columns
+    assert relative_error(ours, gradients.sum(0).square() / len(gradients)) > 0.1
+
+
+# --- what must not matter ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("name", ["bert-sdpa", "gpt2", "vit"])
+def test_batch_size_and_order_do_not_matter(name: str, method: str) -> None:
+    p = named(name)
+    wanted = matrix_of(p, method).marginals()
+    for tokens in (1, 12, 10_000):
+        found = matrix_of(p, method, tokens=tokens).marginals()
+        assert relative_error(found.columns, wanted.columns) <= CLOSE
+        assert relative_error(found.rows, wanted.rows) <= CLOSE
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    turned = Problem(p.model, p.task, p.samples.select(order), p.space)
+    found = matrix_of(turned, method).marginals()
+    assert relative_error(found.columns, wanted.columns) <= CLOSE
+    assert relative_error(found.rows, wanted.rows[order]) <= CLOSE
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+def test_padding_does_not_matter(method: str) -> None:
+    p = named("bert-sdpa")
+    engine = engine_of(p, method)
+    alone, padded = p.samples.batch([1]), p.samples.batch([1, 2])
+    assert padded.inputs["input_ids"].shape[1] > alone.inputs["input_ids"].shape[1]
+    first = next(iter(engine.gradients(alone))).tensors
+    second = next(iter(engine.gradients(padded))).tensors
+    for name in p.space.names:
+        torch.testing.assert_close(
+            second[name].dense()[0], first[name].dense()[0], rtol=1e-4, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 6])
+def test_vmap_chunk_does_not_matter(chunk: int) -> None:
+    p = named("bert-sdpa")
+    f = fisher(p.model, p.task, p.samples, p.space)
+    engine = VMap(p.model, p.task, p.space.names, chunk=chunk)
+    found = FisherMatrix(engine, p.samples, p.space, cache_bytes=0).marginals()
+    assert relative_error(found.columns, f.mean(0)) <= CLOSE
+    assert relative_error(found.rows, f.sum(1)) <= CLOSE
+
+
+@by_case
+def test_rows_and_columns_have_one_total(case: Case) -> None:
+    found = matrix_of(made(case)).marginals()
+    total = float(found.rows.sum())
+    assert float(found.columns.double().sum()) * 6 == pytest.approx(total, rel=1e-6)
+
+
+def bytes_of_all_factors(p: Problem) -> int:
+    m = matrix_of(p, cache_bytes=HUGE, tokens=16)
+    m.marginals()
+    return sum(m._kept_bytes.values())
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 100])
+@pytest.mark.parametrize("name", ["bert-sdpa", "gpt2", "vit", "mlp"])
+def test_what_is_kept_does_not_matter(name: str, share: float) -> None:
+    p = named(name)
+    f = fisher(p.model, p.task, p.samples, p.space)
+    m = matrix_of(p, cache_bytes=int(share * bytes_of_all_factors(p)), tokens=16)
+    rows, columns = torch.arange(6), None
+    for n, k in ((5, 0.5), (3, 0.1), (2, 0.01)):
+        scores = m.row_scores(rows, columns)
+        reference = f[rows].sum(1) if columns is None else f[rows][:, columns].sum(1)
+        assert relative_error(scores, reference) <= CLOSE
+        rows = rows[top_k(scores, n)]
+        count = int(k * p.space.numel)
+        found = m.column_scores(rows, columns)
+        reference = f[rows].mean(0) if columns is None else f[rows][:, columns].mean(0)
+        assert relative_error(found, reference) <= CLOSE
+        assert top_k(found, count).tolist() == top_k(reference.float(), count).tolist()
+        chosen = top_k(found, count)
+        columns = chosen if columns is None else columns[chosen]
+
+
+def test_kept_rows_need_no_second_pass_and_the_others_do() -> None:
+    p = named("bert-sdpa")
+    whole = bytes_of_all_factors(p)
+    passes = {}
+    for share in (0, 0.6, 1):
+        m = matrix_of(p, cache_bytes=int(share * whole), tokens=16)
+        m.marginals()
+        assert m.passes == pytest.approx(1)
+        m.row_scores(torch.arange(6))
+        passes[share] = m.passes
+    assert passes[0] == pytest.approx(2)
+    assert 1.1 < passes[0.6] < 1.9
+    assert passes[1] == pytest.approx(1)
+
+
+def test_a_tile_answers_for_its_parts() -> None:
+    p = named("bert-sdpa")
+    f = fisher(p.model, p.task, p.samples, p.space)
+    m = matrix_of(p, cache_bytes=4 * 6 * p.space.numel)
+    wide = some_columns(p.space.numel, 0.5)
+    m.row_scores(torch.arange(6), wide)
+    passes = m.passes
+    m._kept.clear()  # what follows must come from the tile
+    rows, narrow = torch.tensor([5, 1]), wide[::7].contiguous()
+    assert relative_error(m.column_scores(rows, narrow), f[rows][:, narrow].mean(0)) <= CLOSE
+    assert relative_error(m.row_scores(rows, narrow), f[rows][:, narrow].sum(1)) <= CLOSE
+    assert m.passes == passes
+    other = some_columns(p.space.numel, 0.3)  # not within the tile
+    assert relative_error(m.row_scores(rows, other), f[rows][:, other].sum(1)) <= CLOSE
+    assert m.passes > passes
+
+
+# --- samples without a finite gradient -----------------------------------------------------------
+
+
+def many(count: int, *bad: int) -> Problem:
+    """A classifier, and rows of which some hold an infinity."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    inputs = [torch.randn(4) for _ in range(count)]
+    for row in bad:
+        inputs[row][1] = torch.inf
+    samples = SampleSet(
+        tuple({"input": x} for x in inputs), torch.arange(count) % 2, 1000 + torch.arange(count)
+    )
+    return problem(model, Classification(2), samples)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("cache_bytes", [0, HUGE])
+def test_a_sample_without_a_finite_gradient_is_left_out(method: str, cache_bytes: int) -> None:
+    # tanh(∞) = 1: the log-likelihood is finite here, and so is every output gradient.
+    p = many(150, 7)
+    good = torch.tensor([i for i in range(150) if i != 7])
+    f = fisher(p.model, p.task, p.samples.select(good), p.space)
+    m = matrix_of(p, method, cache_bytes=cache_bytes)
+    found = m.marginals()
+    assert m.excluded == {7}
+    assert found.rows[7] == -torch.inf
+    assert relative_error(found.rows[good], f.sum(1)) <= CLOSE
+    assert relative_error(found.columns, f.mean(0)) <= CLOSE
+    columns, rows = torch.arange(0, p.space.numel, 3), torch.tensor([6, 7, 8])
+    scores = m.row_scores(rows, columns)
+    assert scores[1] == -torch.inf
+    assert relative_error(scores[::2], f[6:8, columns].sum(1)) <= CLOSE
+    assert relative_error(m.column_scores(rows, columns), f[6:8, columns].mean(0)) <= CLOSE
+    assert 1 not in top_k(scores, 2).tolist()
+
+
+def test_a_likelihood_that_is_not_finite_counts_even_with_finite_gradients() -> None:
+    class NoLikelihood(Classification):
+        def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+            values = super().log_likelihood(logits, labels.clamp(min=0))
+            return values + torch.where(labels < 0, torch.nan, 0.0)
+
+    p = many(120)
+    p.samples.labels[5] = -100
+    m = matrix_of(Problem(p.model, NoLikelihood(2), p.samples, p.space))
+    m.marginals()
+    assert m.excluded == {5}
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_too_many_of_them_end_the_run_and_are_named(method: str) -> None:
+    p = many(150, 3, 60)
+    with pytest.raises(DataError, match=r"2 of 150 samples .* more than 1%.* 1003, 1060\.") as e:
+        matrix_of(p, method).marginals()
+    assert e.value.exit_code == 3
+
+
+@pytest.mark.parametrize("bad", [(0,), (0, 1), tuple(range(150))])
+def test_a_bad_example_row_does_not_cost_the_fast_path(bad: tuple[int, ...]) -> None:
+    p = many(150, *bad)
+    for rows in (range(2), range(6)):
+        engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(rows))
+        assert engine.path == "taps"
+
+
+# --- fallbacks -----------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """Samples of a batch see one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.first(input)
+        return self.out(torch.tanh(x - x.mean(0)) if len(x) > 1 else torch.tanh(x))
+
+
+class Elsewhere(nn.Module):
+    """A weight used by its module and by a function: a tap sees one use of two."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.share = share
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = torch.tanh(self.first(input))
+        return self.out(x + self.share * nn.functional.linear(input, self.first.weight))
+
+
+class ByValue(nn.Module):
+    """A branch on a value, which vmap cannot take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.out(input * self.weight) if input.sum().item() < 1e9 else self.out(input)
+
+
+def fallbacks(p: Problem, method: str = "auto") -> tuple[Engine, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = engine_of(p, method)
+    assert all(w.category is FallbackWarning for w in caught)
+    return engine, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_a_weight_used_elsewhere_falls_back_to_vmap(share: float) -> None:
+    p = problem(Elsewhere(share), Classification(2), vectors(4, classes=2))
+    engine, told = fallbacks(p)
+    assert engine.path == "vmap"
+    assert len(told) == 1
+    assert "'taps' is not used on Elsewhere: its error against the loop is" in told[0]
+    check_matrix(FisherMatrix(engine, p.samples, p.space, cache_bytes=0), _truth(p))
+
+
+def test_a_model_that_mixes_samples_falls_back() -> None:
+    p = problem(Mixing(), Classification(2), vectors(4, classes=2))
+    engine, told = fallbacks(p)
+    assert (engine.path, len(told)) == ("vmap", 1)
+    check_matrix(FisherMatrix(engine, p.samples, p.space, cache_bytes=0), _truth(p))
+
+
+def test_a_model_that_branches_on_values_ends_on_the_loop() -> None:
+    p = problem(ByValue(), Classification(2), vectors(4, classes=2))
+    engine, told = fallbacks(p)
+    assert engine.path == "loop"
+    assert [t.split("'")[1] for t in told] == ["taps", "vmap"]
+    assert "it fails: RuntimeError: vmap" in told[1]
+    check_matrix(FisherMatrix(engine, p.samples, p.space, cache_bytes=0), _truth(p))
+
+
+def test_the_method_is_respected() -> None:
+    p = named("mlp")
+    assert [engine_of(p, m).path for m in ("auto", "taps", "vmap", "loop")] == [
+        "taps",
+        "taps",
+        "vmap",
+        "loop",
+    ]
+    assert (
+        fallbacks(problem(ByValue(), Classification(2), vectors(4, classes=2)), "vmap")[0].path
+        == "loop"
+    )
+
+
+def test_a_small_tensor_that_is_wrong_is_noticed() -> None:
+    # 0.1% of the gradient: an error of the whole that a tolerance on the whole would pass.
+    class Quiet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.quiet = nn.Linear(4, 2), nn.Linear(4, 2, bias=False)
+
+        def forward(self, input: Tensor) -> Tensor:
+            hidden = self.quiet(1e-4 * input)
+            return self.loud(input) + hidden + nn.functional.linear(input, self.quiet.weight) * 1e-4
+
+    engine, told = fallbacks(problem(Quiet(), Classification(2), vectors(4, classes=2)))
+    assert (engine.path, len(told)) == ("vmap", 1)
+
+
+def _truth(p: Problem) -> Tensor:
+    return fisher(p.model, p.task, p.samples, p.space)
+
+
+# --- the model is left as it was -----------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    config = getattr(model, "config", None)
+    return hooks, flags, model.training, getattr(config, "_attn_implementation", None)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("name", ["bert-eager", "bert-sdpa", "vit", "frozen", "candidate-frozen"])
+def test_the_model_is_left_as_it_was(name: str, method: str) -> None:
+    p = named(name)
+    before, weights = state_of(p.model), copy.deepcopy(p.model.state_dict())
+    matrix_of(p, method).marginals()
+    assert state_of(p.model) == before
+    assert all(torch.equal(w, p.model.state_dict()[n]) for n, w in weights.items())
+
+
+class Trips(Classification):
+    """Fails in the middle of a pass."""
+
+    def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError("tripped")
+
+
+@pytest.mark.parametrize("method", ["taps", "vmap", "loop"])
+def test_the_model_is_left_as_it_was_after_an_exception(method: str) -> None:
+    p = named("frozen")
+    frozen = ParameterSpace.of(p.model)
+    before = state_of(p.model)
+    batch = p.samples.batch([0, 1])
+    engines = {
+        "taps": lambda: Taps(p.model, Trips(2), frozen.names, example=batch),
+        "vmap": lambda: VMap(p.model, Trips(2), frozen.names),
+        "loop": lambda: Loop(p.model, Trips(2), frozen.names),
+    }
+    with pytest.raises(RuntimeError, match="tripped"):
+        list(engines[method]().gradients(batch))
+    assert state_of(p.model) == before
+
+
+def test_a_model_that_fails_in_the_forward_pass_keeps_no_hook() -> None:
+    p = named("bert-sdpa")
+    before = state_of(p.model)
+    bad = Batch({"input_ids": torch.full((2, 3), 10**6)}, torch.zeros(2).long(), torch.arange(2))
+    with pytest.raises(IndexError):
+        Taps(p.model, p.task, p.space.names, example=bad)
+    assert state_of(p.model) == before
+
+
+# --- half precision, rules of one's own ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_half_precision_weights_are_summed_in_float32(method: str) -> None:
+    p = named("bert-sdpa")
+    p.model.bfloat16()
+    half = _truth(p)
+    m = matrix_of(p, method)
+    found = m.marginals()
+    assert (m.engine.path, found.columns.dtype) == (
+        "taps" if method == "auto" else method,
+        torch.float32,
+    )
+    assert relative_error(found.columns, half.mean(0)) <= 5e-2
+    # Sums of 90 times the same rows: bfloat16 would stop at 256 times a square.
+    often = p.samples.select(torch.arange(540) % 6)
+    many_sums = FisherMatrix(m.engine, often, p.space, cache_bytes=0).marginals()
+    assert relative_error(many_sums.columns, found.columns) <= 1e-2
+
+
+class Scale(nn.Module):
+    """A module of one's own, with a child, which the general rule leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * self.weight
+
+
+def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    p = problem(nn.Sequential(Scale(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
+    assert engine_of(p).path == "taps+vmap"
+    register_rule(Scale, lambda module, a, g: {"weight": Dense(module.act(a) * g)})
+    m = matrix_of(p)
+    assert m.engine.path == "taps"
+    check_matrix(m, _truth(p))
+
+
+def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    register_rule(Scale, lambda module, a, g: {"weight": Dense(a * g)})
+    p = problem(nn.Sequential(Scale(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
+    engine, told = fallbacks(p)
+    assert (engine.path, len(told)) == ("vmap", 1)
+
+
+def test_a_reparametrised_weight() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 2))
+    p = problem(model, Classification(2), vectors(4, classes=2))
+    m = matrix_of(p)
+    assert m.engine.path == "taps+vmap"
+    check_matrix(m, _truth(p))
+
+
+def test_embedding_tables_with_settings() -> None:
+    class Table(nn.Module):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(40, 6, **settings), nn.Linear(6, 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            mask = attention_mask[..., None]
+            return self.out((self.table(input_ids) * mask).sum(1) / mask.sum(1))
+
+    samples = texts()
+    samples.inputs[0]["input_ids"][:] = 7  # one token, five times
+    for settings in ({}, {"padding_idx": 7}, {"scale_grad_by_freq": True}):
+        p = problem(Table(**settings), Classification(2), samples)
+        engine, _ = fallbacks(p)
+        assert engine.path == ("taps" if "scale_grad_by_freq" not in settings else engine.path)
+        check_matrix(FisherMatrix(engine, p.samples, p.space, cache_bytes=0), _truth(p))
+
+
+# --- the forms of a gradient ---------------------------------------------------------------------
+
+
+def forms() -> Iterator[tuple[str, SampleGradients]]:
+    ids = torch.tensor([[1, 3, 1, -1], [0, 0, 4, 2], [4, 4, 4, 4]])
+    outer = Outer(torch.randn(3, 4, 5), torch.randn(3, 4, 6))
+    lookup = Lookup(ids, torch.randn(3, 4, 6), 5)
+    yield "dense", Dense(torch.randn(3, 30))
+    yield "outer", outer
+    yield "one token", Outer(torch.randn(3, 1, 5), torch.randn(3, 1, 6))
+    yield "few tokens", Outer(torch.randn(3, 2, 5), torch.randn(3, 2, 6))
+    yield "lookup", lookup
+    yield "added", added([outer, lookup])
+    yield "two outers", added([outer, Outer(torch.randn(3, 1, 5), torch.randn(3, 1, 6))])
+    yield "two lookups", added([lookup, Lookup(ids.flip(0), torch.randn(3, 4, 6), 5)])
+
+
+@pytest.mark.parametrize(("name", "gradients"), forms(), ids=lambda x: x if type(x) is str else "")
+def test_forms_of_a_gradient_answer_alike(name: str, gradients: SampleGradients) -> None:
+    g = gradients.dense()
+    for k in (0, 1, 3, 15, 30):
+        columns = Columns(torch.randperm(30)[:k].sort().values, 30)
+        f = g[:, columns.index].square()
+        sums = torch.ones(30)
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(gradients.entries(columns), g[:, columns.index])
+        torch.testing.assert_close(gradients.add_squares(sums, columns), f.sum(1), **close)
+        torch.testing.assert_close(sums, 1 + g.square().sum(0), **close)
+        torch.testing.assert_close(gradients.square_norms(columns), f.sum(1), **close)
+    torch.testing.assert_close(gradients.square_norms(), g.square().sum(1), **close)
+    torch.testing.assert_close(gradients.select(slice(1, 3)).dense(), g[1:])
+    torch.testing.assert_close(gradients.select(torch.tensor([2, 0])).dense(), g[[2, 0]])
+
+
+def test_uses_of_unlike_forms_are_added_before_they_are_squared() -> None:
+    outer, lookup = dict(forms())["outer"], dict(forms())["lookup"]
+    both = added([outer, lookup])
+    assert isinstance(both, Added)
+    torch.testing.assert_close(both.dense(), outer.dense() + lookup.dense())
+
+
+# --- on an accelerator ---------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@by_case
+def test_paths_equal_the_reference_on_cuda(case: Case, cuda: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    f = truth(case)
+    p = made(case)
+    p.model.to(cuda)
+    for method in ("auto", "vmap", "loop"):
+        m = FisherMatrix(engine_of(p, method, cuda), p.samples, p.space, cache_bytes=0, device=cuda)
+        check_matrix(m, f)

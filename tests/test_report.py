@@ -1,0 +1,101 @@
+"""The table, as plain text and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ird_search import report
+from ird_search.mask import SparseMask
+from ird_search.parameters import ParameterSpace
+from ird_search.proxy import ProxyScore, Trial
+from ird_search.search import Pair, Round, Scored
+from ird_search.verdict import Entry, Verdict
+
+SPACE = ParameterSpace(tuple(f"layer.{i}" for i in range(20)), ((10,),) * 20)
+FAILED = Trial(1e-2, 0, 0.0, 0.0, {}, 0.1, "Training diverged")
+GOOD = Trial(1e-3, 0, 0.25, 0.25, {"accuracy": 0.875}, 0.1)
+PROVENANCE: dict[str, Any] = {
+    "dataset": {"origin": "train.csv"},
+    "base_model": {"id": "tiny"},
+    "fisher": {"path": "taps"},
+}
+
+
+def one(move: Any, *trials: Trial) -> Scored:
+    coords = torch.arange(0, 200, 10)
+    best = min(trials, key=lambda t: t.score if t.ok else 9)
+    pair = Pair(torch.arange(8), None, coords, 1, 1)
+    return Scored(move, pair, SparseMask(SPACE, coords), ProxyScore(best, trials))
+
+
+BEST, BAD = one("both", GOOD, FAILED), one("rows", FAILED)
+ROUND = Round(1, (BAD, BEST), BEST)
+VERDICT = Verdict(
+    (
+        Entry("ird", 8, 0.1, 20, 1e-3, 0.25, (0.5, 0.7), 0.9),
+        Entry("fish", 8, 0.1, 20, 1e-3, 0.3, (0.6, 0.8), 0.8),
+        Entry("random", None, 0.1, 20, 1e-2, float("inf"), (), float("nan"), "Training diverged"),
+        Entry("full", None, 1.0, 1200, 3e-4, 0.2, (0.4, 0.4), 0.95),
+        Entry("head", None, 0.0, 0, 3e-3, 0.4, (0.9, 0.9), 0.5),
+    ),
+    "accuracy",
+    40,
+)
+
+
+def test_the_table_as_text() -> None:
+    header, ruler, *lines = report.text_table(VERDICT).splitlines()
+    assert " ".join(header.split()) == (
+        "samples density trained rate loss, 1st half loss, 2nd half accuracy"
+    )
+    assert len({len(line) for line in (header, ruler, *lines)}) == 1
+    assert " ".join(lines[0].split()) == (
+        "IRD (this mask) 8 10.000% 20 1.0e-03 0.2500 0.6000 ± 0.1414 0.9000"
+    )
+    assert " ".join(lines[2].split()).endswith("– 10.000% 20 1.0e-02 failed Training diverged")
+    assert lines[3].split()[2:6] == ["–", "–", "1,200", "3.0e-04"]
+
+
+def test_the_table_as_markdown() -> None:
+    lines = report.markdown_table(VERDICT).splitlines()
+    assert len(lines) == 7 and len({line.count("|") for line in lines}) == 1
+    assert lines[1].startswith("|---|---:|")
+
+
+def test_what_the_numbers_are() -> None:
+    text = report.explained(VERDICT)
+    assert "2nd half (40 samples) was seen by no choice" in text
+    assert "over 2 seeds" in text and "Noise floor: 0.1414." in text
+    assert VERDICT.sentence("random") in text and VERDICT.sentence("fish") in text
+
+
+def test_a_round_in_one_line() -> None:
+    assert report.round_line(ROUND) == "round 1:   rows 8 × 20 failed   →both 8 × 20 0.2500"
+
+
+def test_records_are_json_without_nan() -> None:
+    found = json.loads(json.dumps(report.round_record(ROUND), allow_nan=False))
+    assert found["moved_to"] == "both" and found["round"] == 1
+    bad, best = found["nominated"]
+    assert best["score"] == 0.25 and best["metrics"] == {"accuracy": 0.875}
+    assert best["rates"] == [
+        {"learning_rate": 1e-3, "score": 0.25, "failure": ""},
+        {"learning_rate": 1e-2, "score": None, "failure": "Training diverged"},
+    ]
+    assert bad["score"] is None and (bad["samples"], bad["parameters"]) == (8, 20)
+    table = json.loads(json.dumps(report.verdict_record(VERDICT), allow_nan=False))
+    assert [e["kind"] for e in table] == ["ird", "fish", "random", "full", "head"]
+    assert table[2]["choose_score"] is None and table[2]["accuracy"] is None
+    assert table[2]["failure"] == "Training diverged" and table[0]["losses"] == [0.5, 0.7]
+
+
+def test_the_report() -> None:
+    text = report.markdown(VERDICT, [ROUND], BEST, PROVENANCE)
+    assert text.startswith("# Mask for tiny\n\n20 of 200 candidate parameters (10.000%), from 8 ")
+    assert report.markdown_table(VERDICT) in text
+    assert "| 1 | both | 8 | 20 | 1.0e-03 | 0.2500 | moved here |" in text
+    assert "| 1 | rows | 8 | 20 | 1.0e-02 | failed |  |" in text
+    assert "| `layer.0` | 1 | 10 | 5.0% |" in text and "| 5 more tensors | | | |" in text

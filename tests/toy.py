@@ -1,0 +1,118 @@
+"""A problem small enough for many searches: 80 rows of 4 numbers, a network of 40 candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ird_search.config import DataConfig, SearchConfig
+from ird_search.ledger import Ledger
+from ird_search.mask import SparseMask
+from ird_search.parameters import ParameterSpace
+from ird_search.problem import Problem, make_problem
+from ird_search.proxy import Candidate, Proxies, ProxyScore, Trial
+
+QUICK: dict[str, Any] = {
+    "density": 0.25,
+    "pool": 16,
+    "min_samples": 4,
+    "rounds": 2,
+    "warmup_steps": 3,
+    "proxy_steps": 3,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "seeds": 2,
+    "device": "cpu",
+}
+"""Settings of a search that takes a moment."""
+
+
+def toy_net(seed: int = 0) -> nn.Sequential:
+    """4 → 8 → 2, the last layer being the head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def toy_rows(count: int = 80, seed: int = 0) -> list[tuple[Tensor, int]]:
+    """(x, whether the first two numbers have one sign)."""
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return [(row, int(row[0] * row[1] > 0)) for row in x]
+
+
+def toy_problem(
+    model: nn.Module | None = None, config: SearchConfig | None = None, **settings: Any
+) -> tuple[Problem, SearchConfig]:
+    """A problem and the settings it was made with."""
+    config = config or SearchConfig(**{**QUICK, **settings})
+    model = toy_net() if model is None else model
+    return make_problem(model, toy_rows(), options=DataConfig(), config=config), config
+
+
+def toy_proxies(
+    model: nn.Module | None = None, directory: Path | None = None, **settings: Any
+) -> Proxies:
+    """Proxies on the toy problem, with an empty ledger."""
+    problem, config = toy_problem(model, **settings)
+    return Proxies(problem, config, Ledger(directory))
+
+
+def toy_mask(problem: Problem, *coords: int) -> SparseMask:
+    """A mask by its coordinates."""
+    return SparseMask(problem.space, torch.tensor(coords, dtype=torch.int64))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of everything a model holds."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(before: dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether a model still holds what it held."""
+    now = model.state_dict()
+    return before.keys() == now.keys() and all(torch.equal(before[n], now[n]) for n in before)
+
+
+def scored(score: float, *, rate: float = 0.01, failure: str = "") -> ProxyScore:
+    """What a proxy would answer, written by hand."""
+    trial = Trial(rate, 0, score, score, {"accuracy": 0.5}, 0.0, failure)
+    return ProxyScore(trial, (trial,))
+
+
+class DenseFisher:
+    """F as an explicit matrix, answering what a search asks of a `FisherMatrix`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.space = ParameterSpace(("w",), ((values.shape[1],),))
+
+    def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        part = self.values[rows] if columns is None else self.values[rows][:, columns]
+        return part.double().sum(1)
+
+    def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        part = self.values[rows] if columns is None else self.values[rows][:, columns]
+        return part.mean(0)
+
+
+class Script:
+    """A judge that answers with hand-written numbers, and remembers what it was asked.
+
+    Args:
+        answer: a candidate's score from its mask's coordinates, or a reason why there is none.
+    """
+
+    def __init__(self, answer: Callable[[list[int]], float | str], rate: float = 0.01) -> None:
+        self.answer, self.rate = answer, rate
+        self.asked: list[Candidate] = []
+
+    def __call__(self, candidate: Candidate) -> ProxyScore:
+        self.asked.append(candidate)
+        found = self.answer(candidate.mask.coords.tolist())
+        if isinstance(found, str):
+            return scored(0.0, rate=self.rate, failure=found)
+        return scored(found, rate=self.rate)
