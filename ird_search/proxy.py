@@ -48,11 +48,13 @@ class Candidate:
     """What is trained: a mask and the head; everything (`full`); or the head alone (`head`).
 
     Args:
+        samples: how many rows the mask was computed from; none for a random one.
         start: where the probe of learning rates begins, if something better is known than the rule.
     """
 
     kind: Kind
     mask: SparseMask
+    samples: int | None = None
     start: float | None = None
 
     @property
@@ -177,11 +179,12 @@ class Proxies:
         config: SearchConfig,
         ledger: Ledger,
         *,
-        on_trial: Callable[[], None] = lambda: None,
+        on_trial: Callable[[Candidate, Trial, str], None] = lambda *_: None,
     ) -> None:
         self.problem, self.config, self.ledger = problem, config, ledger
         self.on_trial = on_trial
         self._start = "cold"
+        self._told: set[str] = set()
 
     def warm_up(self) -> ProxyScore:
         """Train the head alone for a few steps, for good, at the rate that is best for it.
@@ -197,7 +200,7 @@ class Proxies:
             require_success({f"head only, rate {t.rate:g}": _best([t]) for t in cold.trials})
             seed = derive(self.config.seed, "warm-up")
             self._train(self.head_only(), cold.best.rate, seed, self.config.warmup_steps)
-            self._start = f"warm {self.config.warmup_steps} {cold.best.rate!r}"
+        self._start = f"warm {self.config.warmup_steps} {cold.best.rate!r}"
         return cold
 
     def head_only(self) -> Candidate:
@@ -238,8 +241,12 @@ class Proxies:
         if known is None:
             known = asdict(self._run(candidate, rate, seed, verdict))
             self.ledger.put(key, known)
-        self.on_trial()
-        return Trial(**known)
+        trial = Trial(**known)
+        if key not in self._told:
+            self._told.add(key)
+            stage = "verdict" if verdict else "warm-up" if self._start == "cold" else "choose"
+            self.on_trial(candidate, trial, stage)
+        return trial
 
     def _unit(self, candidate: Candidate, rate: float, seed: int, verdict: bool) -> dict[str, Any]:
         """Everything that the outcome of a trial depends on."""

@@ -89,6 +89,7 @@ def markdown(
         markdown_table(verdict),
         "",
         *explained(verdict).splitlines(),
+        *provenance["notes"],
         "",
         "## Rounds",
         "",

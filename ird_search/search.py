@@ -143,7 +143,7 @@ def search(
     state, target = SearchState(Pair(torch.arange(ranges.rows[0]))), len(ranges.columns) - 1
     while state.stale < patience:
         nominated = tuple(
-            Scored(move, pair, mask, judge(Candidate("ird", mask, start=_start(state, mask))))
+            Scored(move, pair, mask, judge(_candidate(state, pair, mask)))
             for move, pair, mask in nominate(fisher, state.pair, ranges, MOVES[strategy])
         )
         if not nominated:
@@ -208,12 +208,12 @@ def _digest(fisher: FisherMatrix, columns: Tensor | None) -> str:
     return "all" if columns is None else SparseMask(fisher.space, columns).digest
 
 
-def _start(state: SearchState, mask: SparseMask) -> float | None:
-    """Where the probe of learning rates begins: the parent's best, grown as 1/√density."""
-    if not state.rounds or not state.rounds[-1].moved_to.proxy.best.ok:
-        return None
-    parent = state.rounds[-1].moved_to
-    return parent.proxy.best.rate * (parent.mask.count / max(1, mask.count)) ** 0.5
+def _candidate(state: SearchState, pair: Pair, mask: SparseMask) -> Candidate:
+    """What the proxy trains. Its rates begin at the parent's best, grown as 1/√density."""
+    start = None
+    if state.rounds and (parent := state.rounds[-1].moved_to).proxy.best.ok:
+        start = parent.proxy.best.rate * (parent.mask.count / max(1, mask.count)) ** 0.5
+    return Candidate("ird", mask, pair.rows.numel(), start)
 
 
 def advance(state: SearchState, nominated: tuple[Scored, ...], *, target: int) -> SearchState:

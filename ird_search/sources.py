@@ -236,7 +236,7 @@ def _open_directory(path: Path, split: str | None) -> tuple[Any, str]:
             f"The directory {path} holds no split; files named like train.parquet are looked for "
             f"({', '.join(FORMATS)})."
         )
-    files, origin = _pick(splits, split, str(path))
+    files, origin = _pick(splits, split, path.name)
     parts = [_read_file(file) for file in files]
     if all(isinstance(part, datasets.Dataset) for part in parts):
         return datasets.concatenate_datasets(parts), origin

@@ -18,6 +18,9 @@ NAME = "ird-search"
 class Study:
     """One Optuna trial for each fine-tune: parameters, score, and what else was seen.
 
+    The `stage` says what a trial was for: `warm-up`, `choose` or `verdict`; only trials of one
+    stage can be compared, since each is evaluated on its own samples.
+
     Args:
         path: an SQLite file; in memory where left out. An older record there is replaced: the
             ledger holds the finished units, and a run that goes on tells them again.

@@ -134,7 +134,6 @@ def give_verdict(
     *,
     seeds: int,
     seed: int,
-    on_entry: Callable[[Kind, ProxyScore], None] | None = None,
 ) -> Verdict:
     """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
 
@@ -144,8 +143,6 @@ def give_verdict(
     for kind, candidate in _controls(winner, fisher, proxies, seed=seed):
         first = candidate(0)
         probe = winner.proxy if kind == "ird" else proxies.score(first)
-        if on_entry is not None:
-            on_entry(kind, probe)
         trials = []
         if probe.best.ok:
             rate = probe.best.rate
@@ -163,7 +160,7 @@ def _controls(
     winner: Scored, fisher: FisherMatrix, proxies: Proxies, *, seed: int
 ) -> Iterator[tuple[Kind, Callable[[int], Candidate]]]:
     space, count = winner.mask.space, winner.mask.count
-    yield "ird", lambda s: Candidate("ird", winner.mask)
+    yield "ird", lambda s: Candidate("ird", winner.mask, winner.pair.rows.numel())
     yield (
         "fish",
         partial(_fish, fisher, proxies.problem.train, winner.pair.rows.numel(), count, seed),
@@ -180,7 +177,7 @@ def _fish(
     drawn = random_subset(len(train), rows, seed=derive(seed, "fish", s))
     there = fisher.on(train.select(drawn))
     columns = ranks(there.column_scores(torch.arange(rows)), 0, count)
-    return Candidate("fish", SparseMask(fisher.space, columns))
+    return Candidate("fish", SparseMask(fisher.space, columns), rows)
 
 
 def _random(space: ParameterSpace, count: int, seed: int, s: int) -> Candidate:

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from transformers import BertForSequenceClassification
 
 from ird_search import SearchResult, apply_mask, fisher_scores, inspect_mask, load_mask, search_mask
-from ird_search import api as module
+from ird_search import run as module
 from ird_search.config import SearchConfig
 from ird_search.errors import DataError, ModelError, UsageError
 from ird_search.mask import SparseMask
@@ -185,6 +185,8 @@ def test_exactly_zero_scores_are_told_as_they_are(lora: nn.Module) -> None:
     result = quick(lora, TEXTS, processor=tiny_tokenizer(), density=0.9)
     scored = sum(int((s > 0).sum()) for s in scores.by_parameter.values())
     assert result.mask.count == scored < result.config.budget(scores.space.numel)
+    (note,) = result.provenance["notes"]
+    assert note in result.table() and note.startswith(f"Only {scored:,} of the ")
 
 
 # --- the model is handed back -------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_another_error_of_the_model_is_a_failed_proxy(monkeypatch: pytest.Monkey
 
 
 def test_a_finished_unit_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[None] = []
+    told: list[tuple[Candidate, float, str]] = []
     proxies = toy_proxies(directory=tmp_path)
     (candidate, *_) = candidates(proxies)
     first = proxies.score(candidate)
@@ -245,10 +245,11 @@ def test_a_finished_unit_is_not_done_again(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "finetune", never)
     again = toy_proxies(directory=tmp_path)
-    again.on_trial = lambda: told.append(None)
-    assert again.score(candidate) == first and len(told) == 1
-    # the same mask from another rule is the same fine-tune
-    assert again.score(Candidate("random", candidate.mask)) == first
+    again.on_trial = lambda candidate, trial, stage: told.append((candidate, trial.rate, stage))
+    assert again.score(candidate) == first
+    assert told == [(candidate, first.best.rate, "warm-up")]
+    # the same mask from another rule is the same fine-tune, and is told once
+    assert again.score(Candidate("random", candidate.mask)) == first and len(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ PROVENANCE: dict[str, Any] = {
     "dataset": {"origin": "train.csv"},
     "base_model": {"id": "tiny"},
     "fisher": {"path": "taps"},
+    "notes": ["One thing more."],
 }
 
 

@@ -152,3 +152,10 @@ def test_random_subset_is_uniform() -> None:
 def test_a_subset_larger_than_the_whole_is_refused(k: int) -> None:
     with pytest.raises(UsageError, match=f"Cannot draw {k} of 3."):
         random_subset(3, k, seed=0)
+
+
+@pytest.mark.gpu
+def test_top_k_on_cuda_equals_the_cpu(cuda: str) -> None:
+    scores = torch.randint(0, 50, (3 * CHUNK,)).float()
+    for k in (0, 1, 1000, 2 * CHUNK):
+        assert torch.equal(top_k(scores.to(cuda), k), top_k(scores, k))

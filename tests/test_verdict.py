@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -210,20 +209,3 @@ def test_a_failed_control_is_shown_with_its_reason(late: bool) -> None:
     assert "failed" in line and "Training diverged" in line
     assert "Nothing can be said against a random mask" in explained(verdict)
     assert math.isfinite(verdict["full"].loss)
-
-
-def test_each_probe_is_told() -> None:
-    told: list[Any] = []
-    proxies = Spied(lambda candidate, verdict: 0.5)
-    p = proxies.problem
-    engine = make_engine(p.model, p.task, p.space, example=p.train.batch([0, 1]))
-    mask = toy_mask(p, 0)
-    give_verdict(
-        Scored("both", Pair(torch.arange(2), None, mask.coords), mask, scored(0.4)),
-        FisherMatrix(engine, p.train, p.space),
-        proxies,
-        seeds=1,
-        seed=0,
-        on_entry=lambda kind, probe: told.append((kind, probe.score)),
-    )
-    assert told == [("ird", 0.4), *((kind, 0.5) for kind in KINDS[1:])]

@@ -129,6 +129,7 @@ def self_check(engine: Engine, reference: Loop, example: Batch) -> tuple[float, 
         if theirs.finite[0]:
             worst = max(worst, _error(mine, at, theirs, floor=1.0 if half else FLOOR))
             compared += 1
+        theirs.tensors.clear()  # or two whole gradients would be held while the next is computed
         if compared == CHECKED:
             break
     if not compared:

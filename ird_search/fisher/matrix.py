@@ -74,8 +74,9 @@ class FisherMatrix:
         engine: the path that computes per-sample gradients.
         samples: the N rows.
         space: the P columns.
-        tokens: padded tokens in one batch; on a CPU a thousand run as fast as more, in less memory.
+        tokens: padded tokens in one batch; on a CPU few are as fast as many, and need less memory.
         cache_bytes: memory for kept factors, and as much again for a tile.
+        excluded_share: more samples than this without a finite gradient raise a `DataError`.
         device: where batches go.
     """
 
@@ -85,12 +86,14 @@ class FisherMatrix:
         samples: SampleSet,
         space: ParameterSpace,
         *,
-        tokens: int = 1024,
+        tokens: int = 512,
         cache_bytes: int = 2 * 2**30,
+        excluded_share: float = EXCLUDED_SHARE,
         device: str | torch.device = "cpu",
     ) -> None:
         self.engine, self.samples, self.space = engine, samples, space
         self.tokens, self.cache_bytes, self.device = tokens, cache_bytes, torch.device(device)
+        self.excluded_share = excluded_share
         self.excluded: set[int] = set()
         """Positions of samples whose log-likelihood or gradient is not finite."""
         self.passes = 0.0
@@ -100,9 +103,18 @@ class FisherMatrix:
         self._tile: _Tile | None = None
 
     def on(self, samples: SampleSet) -> FisherMatrix:
-        """The matrix of the same model on other samples; nothing is kept for later passes."""
+        """The matrix of the same model on a few other samples.
+
+        Nothing is kept for later passes, and any number of samples may be excluded.
+        """
         return FisherMatrix(
-            self.engine, samples, self.space, tokens=self.tokens, cache_bytes=0, device=self.device
+            self.engine,
+            samples,
+            self.space,
+            tokens=self.tokens,
+            cache_bytes=0,
+            excluded_share=1.0,
+            device=self.device,
         )
 
     def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:
@@ -118,9 +130,11 @@ class FisherMatrix:
         masks = self._columns(within)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
         for chosen, tensors in self._stream(rows):
-            for name, gradients in tensors.items():
-                inside = None if masks is None else masks.get(name, self._nothing(name))
-                scores[chosen] += gradients.add_squares(flat[name], inside).double().cpu()
+            parts = [
+                g.add_squares(flat[n], None if masks is None else masks.get(n, self._nothing(n)))
+                for n, g in tensors.items()
+            ]
+            scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
         return Marginals(self._marked(scores)[rows], sums.div_(self._finite(rows)).cpu())
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -130,18 +144,18 @@ class FisherMatrix:
             rows: positions, int64 [|S|].
             columns: M as sorted coordinates; all parameters by default.
         """
+        scores = torch.zeros(len(self.samples), dtype=torch.float64)
         if columns is not None and (tile := self._restricted(rows, columns)) is not None:
-            scores = torch.zeros(len(self.samples), dtype=torch.float64)
-            sums = [one.sum(dtype=torch.float64) for one in tile.read(rows, columns)]
-            scores[rows] = torch.stack(sums)
+            for row, one in zip(rows, tile.read(rows, columns), strict=True):
+                scores[row] = one.sum(dtype=torch.float64)
             return self._marked(scores)[rows]
         masks = self._columns(columns)
-        scores = torch.zeros(len(self.samples), dtype=torch.float64)
         for chosen, tensors in self._stream(rows):
-            for name, gradients in tensors.items():
-                if masks is None or name in masks:
-                    part = gradients.square_norms(None if masks is None else masks[name])
-                    scores[chosen] += part.double().cpu()
+            parts = [
+                tensors[n].square_norms(None if masks is None else masks[n])
+                for n in (tensors if masks is None else masks)
+            ]
+            scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
         return self._marked(scores)[rows]
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -152,7 +166,7 @@ class FisherMatrix:
             columns: sorted coordinates; all parameters by default.
         """
         if columns is None:
-            return self.marginals(rows).columns
+            return self.marginals(rows, within=torch.empty(0, dtype=torch.int64)).columns
         if (tile := self._restricted(rows, columns)) is not None:
             total = torch.zeros(columns.numel())
             for one in tile.read(rows, columns):
@@ -259,11 +273,11 @@ class FisherMatrix:
 
     def _exclude(self, rows: Tensor) -> None:
         self.excluded |= set(rows.tolist())
-        if len(self.excluded) > EXCLUDED_SHARE * len(self.samples):
+        if len(self.excluded) > self.excluded_share * len(self.samples):
             ids = self.samples.ids[sorted(self.excluded)].tolist()
             raise DataError(
                 f"{len(ids)} of {len(self.samples)} samples have a log-likelihood or a gradient "
-                f"that is not finite, more than {EXCLUDED_SHARE:.0%}. Rows (counting from 0): "
+                f"that is not finite, more than {self.excluded_share:.0%}. Rows (counting from 0): "
                 f"{', '.join(map(str, ids[:10]))}{' …' if len(ids) > 10 else ''}."
             )
 
