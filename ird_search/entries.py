@@ -58,6 +58,18 @@ class Entries:
             return tensor.view(-1).index_select(0, index)
         return tensor[torch.unravel_index(index, tensor.shape)]
 
+    def take_gradient(self, grad: Tensor) -> Tensor:
+        """The entries of a gradient, which may be sparse: [k]."""
+        if not grad.is_sparse:
+            return self.take(grad)
+        if self.index is not None and grad.is_coalesced() and grad._nnz() == self.count:
+            places = grad._indices()
+            if len(places) == 2 == grad.ndim:  # single entries, and not rows of a table
+                flat = places[0] * grad.shape[1] + places[1]
+                if torch.equal(flat, self._on(self.index, grad.device)):
+                    return grad._values()
+        return self.take(grad.to_dense())
+
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write [k] values into the entries of `tensor`; all others keep their bits."""
         values = values.to(tensor.dtype)

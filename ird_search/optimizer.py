@@ -80,7 +80,7 @@ class _Flat:
             grad = e.parameter.grad
             if grad is None:
                 continue
-            parts.append(e.take(grad.to_dense() if grad.is_sparse else grad))
+            parts.append(e.take_gradient(grad))
         return torch.cat(parts).to(self.dtype)
 
 

@@ -28,6 +28,7 @@ from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
+from ird_search.sparse_backward import sparse_backward
 from ird_search.task import Task, logits_of
 from ird_search.training import finetune, snapshot
 
@@ -319,7 +320,8 @@ class Proxies:
                     dense_lr=rate if candidate.kind == "head" else c.head_learning_rate,
                 )
             there = (p.train.batch(rows, p.device) for rows in batches)
-            finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
+            with sparse_backward(p.model, candidate.mask, dense):
+                finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
 
 
 def training_batches(samples: SampleSet, steps: int, *, size: int, seed: int) -> list[Tensor]:

@@ -1,0 +1,153 @@
+"""The sparse backward gives the selected entries of the dense one, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ird_search.mask import SparseMask
+from ird_search.optimizer import MaskedAdamW
+from ird_search.parameters import ParameterSpace, candidate_space
+from ird_search.selection import random_subset
+from ird_search.sparse_backward import DENSEST, sparse_backward
+from ird_search.task import logits_of
+from tests.tiny import tiny_bert
+
+IDS = torch.randint(3, 20, (5, 7), generator=torch.Generator().manual_seed(0))
+
+
+def few(model: nn.Module, density: float = 0.02) -> SparseMask:
+    space = candidate_space(model)
+    count = round(density * space.numel)
+    return SparseMask(space, random_subset(space.numel, count, seed=1))
+
+
+def mlp(bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(30, 40, bias=bias), nn.Tanh(), nn.Linear(40, 30, bias=bias))
+
+
+def bert_loss(model: nn.Module) -> Tensor:
+    return logits_of(model, {"input_ids": IDS}).square().sum()
+
+
+def mlp_loss(model: nn.Module) -> Tensor:
+    return model(torch.linspace(-1, 1, 6 * 30).view(6, 30)).square().sum()
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] = {
+    "bert": (lambda: tiny_bert().eval(), bert_loss),
+    "mlp": (mlp, mlp_loss),
+    "no bias": (lambda: mlp(bias=False), mlp_loss),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_selected_entries_are_those_of_the_dense_backward(case: str) -> None:
+    make, loss_of = CASES[case]
+    model = make()
+    mask = few(model)
+    loss_of(model).backward()
+    dense = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with sparse_backward(model, mask):
+        loss_of(model).backward()
+    found = 0
+    for name, index in mask.indices.items():
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        torch.testing.assert_close(
+            grad.to_dense().flatten()[index], dense[name].flatten()[index], rtol=1e-4, atol=1e-6
+        )
+        found += grad.is_sparse
+        if grad.is_sparse:
+            assert grad._nnz() == index.numel()
+    assert found >= 2
+    for name, grad in dense.items():  # what is not masked is as ever
+        if name not in mask.indices:
+            other = model.get_parameter(name).grad
+            assert other is not None
+            torch.testing.assert_close(other.to_dense(), grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_same(case: str) -> None:
+    make, loss_of = CASES[case]
+
+    def trained(sparse: bool) -> tuple[nn.Module, SparseMask]:
+        model = make()
+        mask = few(model)
+        optimizer = MaskedAdamW(model, mask, lr=1e-2, weight_decay=0.1)
+        for _ in range(4):
+            if sparse:
+                with sparse_backward(model, mask):
+                    loss_of(model).backward()
+            else:
+                loss_of(model).backward()
+            optimizer.step()
+            model.zero_grad()
+        return model, mask
+
+    (ours, mask), (theirs, _) = trained(True), trained(False)
+    start = make()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
+        frozen = torch.ones(p.numel(), dtype=torch.bool)
+        frozen[mask.indices.get(name, torch.empty(0, dtype=torch.int64))] = False
+        same = p.detach().flatten() == start.get_parameter(name).detach().flatten()
+        assert bool(same[frozen].all())
+
+
+def test_accumulated_and_shared_gradients_add_up() -> None:
+    model = mlp()
+    first, second = model[0], nn.Linear(30, 40)  # type: ignore[index]
+    second.weight = first.weight
+    both = nn.ModuleList([first, second])
+    mask = few(both)
+    x = torch.linspace(-1, 1, 60).view(2, 30)
+
+    def backward() -> None:
+        (first(x).square().sum() + second(x).square().sum()).backward()
+
+    backward(), backward()
+    assert first.weight.grad is not None
+    index = mask.indices["0.weight"]
+    dense = first.weight.grad.flatten()[index]
+    both.zero_grad()
+    optimizer = MaskedAdamW(both, mask, lr=1.0, eps=1e30)  # a step is m / eps: the gradient is read
+    with sparse_backward(both, mask):
+        backward(), backward()
+    optimizer.step()
+    ours = optimizer.state["masked"]["exp_avg"][: index.numel()] / 0.1
+    torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_left_alone() -> None:
+    model = mlp()
+    dense_mask = few(model, density=10 * DENSEST)
+    with sparse_backward(model, dense_mask):
+        mlp_loss(model).backward()
+    assert not any(p.grad.is_sparse for p in model.parameters() if p.grad is not None)
+    empty = SparseMask(ParameterSpace.of(model), torch.empty(0, dtype=torch.int64))
+    with sparse_backward(model, empty):
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_forward_is_back_after_an_exception() -> None:
+    model = mlp()
+    with pytest.raises(ZeroDivisionError), sparse_backward(model, few(model)):
+        assert any("forward" in vars(m) for m in model.modules())
+        raise ZeroDivisionError
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_half_precision_weights_get_half_precision_gradients() -> None:
+    model = mlp().bfloat16()
+    mask = few(model)
+    with sparse_backward(model, mask):
+        model(torch.ones(6, 30, dtype=torch.bfloat16)).float().square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None and p.grad.is_sparse]
+    assert grads and all(g.dtype == torch.bfloat16 for g in grads)
