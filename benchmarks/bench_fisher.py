@@ -137,6 +137,8 @@ def way(name: str, s: Setting) -> Callable[[], Any]:
         example = s.samples.batch([0, 1])
         engine = make_engine(s.model, TASK, s.space, example=example)
     matrix = FisherMatrix(engine, s.samples, s.space, cache_bytes=0)
+    if name.startswith("vmap"):
+        matrix.tokens = int(s.samples.lengths.sum())  # or the batch would cut the chunk
     return {
         "taps": matrix.marginals,
         "taps, row scores only": lambda: matrix.row_scores(rows),

@@ -6,23 +6,20 @@ model runs and told at once.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ird_search.columns import plain_label
-from ird_search.errors import DataError, UsageError, nearest
+from ird_search.errors import UsageError, nearest
+from ird_search.labels import class_labels, number_labels, token_labels
+from ird_search.row_problems import RowProblems
 from ird_search.samples import SampleSet
 from ird_search.sources import Source
-from ird_search.task import IGNORED, POSITIONAL
-
-SHOWN = 10
-"""Bad rows that a message lists."""
+from ird_search.task import POSITIONAL
+from ird_search.values import as_tensor, attended, is_tokens
 
 
 def encode(
@@ -67,23 +64,23 @@ def encode(
     """
     kind = source.kind if task == "auto" else task
     _check_settings(kind, max_length, max_positions)
-    problems = _Problems(source)
+    problems = RowProblems(source)
     rows, starts = _model_inputs(source, kind, processor, max_length, problems)
     inputs = [_tensors(row, i, max_length, problems) for i, row in enumerate(rows)]
     if kind == "causal-lm":
-        labels: tuple[Tensor, ...] | Tensor = _token_labels(source, inputs, starts, problems)
+        labels: tuple[Tensor, ...] | Tensor = token_labels(source, inputs, starts, problems)
         names = None
     elif kind == "regression":
-        labels, names = _number_labels(source, problems), None
+        labels, names = number_labels(source, problems), None
     else:
         names = tuple(label_names) if label_names else None
-        labels = _class_labels(source, names, num_labels, training, problems)
+        labels = class_labels(source, names, num_labels, training, problems)
         names = names or source.label_names
     _check_shapes(inputs, problems)
     _check_tokens(inputs, max_positions, vocab_size, problems)
     problems.raise_any()
     if "input_ids" in inputs[0] and (processor is not None or pad_id is not None):
-        inputs = [{**row, "attention_mask": _mask(row)} for row in inputs]
+        inputs = [{**row, "attention_mask": attended(row)} for row in inputs]
     return SampleSet(
         inputs=tuple(inputs),
         labels=labels,
@@ -91,35 +88,6 @@ def encode(
         pad=_padding(processor, pad_id),
         label_names=names,
     )
-
-
-class _Problems:
-    """What is wrong with the rows, gathered so that all of it is told at once."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.whole: list[str] = []
-        self.rows: dict[int, str] = {}
-
-    def add(self, row: int, text: str) -> None:
-        """One problem of one row; the first that is found stands for it."""
-        self.rows.setdefault(row, text)
-
-    def raise_any(self) -> None:
-        if not self.rows and not self.whole:
-            return
-        lines = [f"row {self.source.ids[row]}: {self.rows[row]}" for row in sorted(self.rows)]
-        if len(lines) == 1:
-            told = [f"{self.source.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
-        elif lines:
-            shown = lines[:SHOWN] + (
-                [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            )
-            head = f"{len(lines)} rows of {self.source.origin} cannot be used (counting from 0):"
-            told = ["\n    ".join([head, *shown])]
-        else:
-            told = []
-        raise DataError([*self.whole, *told])
 
 
 def _check_settings(kind: str, max_length: int | None, max_positions: int | None) -> None:
@@ -140,7 +108,7 @@ def _check_settings(kind: str, max_length: int | None, max_positions: int | None
 
 
 def _model_inputs(
-    source: Source, kind: str, processor: Any, max_length: int | None, problems: _Problems
+    source: Source, kind: str, processor: Any, max_length: int | None, problems: RowProblems
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Each row's inputs, and the first position that a language model is to predict."""
     if source.tokenised:
@@ -165,7 +133,7 @@ def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _texts(source: Source, name: str, problems: _Problems) -> list[str]:
+def _texts(source: Source, name: str, problems: RowProblems) -> list[str]:
     values = source.column(name)
     for i, value in enumerate(values):
         if value is None:
@@ -208,7 +176,7 @@ def _read_prompts(
 
 
 def _read_images(
-    images: Sequence[Any], processor: Any, problems: _Problems
+    images: Sequence[Any], processor: Any, problems: RowProblems
 ) -> list[dict[str, Any]]:
     rows = []
     for i, image in enumerate(images):
@@ -226,43 +194,24 @@ def _read_images(
 
 
 def _tensors(
-    row: Mapping[str, Any], i: int, max_length: int | None, problems: _Problems
+    row: Mapping[str, Any], i: int, max_length: int | None, problems: RowProblems
 ) -> dict[str, Tensor]:
     found = {}
     for name, value in row.items():
         try:
             if value is None:
                 raise TypeError("it is missing")
-            found[name] = _tensor(value)
+            found[name] = as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             problems.add(i, f"{name!r} is no tensor: {error}")
             found[name] = torch.zeros(0)
     tokens = found.get("input_ids", found.get(POSITIONAL))
-    if max_length is not None and tokens is not None and _is_tokens(tokens):
+    if max_length is not None and tokens is not None and is_tokens(tokens):
         length = len(tokens)
         for name, t in found.items():
             if t.ndim == 1 and len(t) == length:
                 found[name] = t[:max_length]
     return found
-
-
-def _tensor(value: Any) -> Tensor:
-    """On the CPU; whole numbers as int64 (bytes and bools stay), a list's decimals as float32."""
-    if isinstance(value, Tensor):
-        t = value.detach().cpu()
-    else:
-        t = torch.as_tensor(np.asarray(value))
-        t = t.to(torch.get_default_dtype()) if t.is_floating_point() else t
-    return t.long() if t.dtype in (torch.int16, torch.int32) else t
-
-
-def _is_tokens(t: Tensor) -> bool:
-    return t.ndim == 1 and not t.is_floating_point()
-
-
-def _mask(row: Mapping[str, Tensor]) -> Tensor:
-    """The row's own attention mask, or ones: padding must not be attended to."""
-    return row["attention_mask"] if "attention_mask" in row else torch.ones_like(row["input_ids"])
 
 
 def _padding(processor: Any, pad_id: int | None) -> dict[str, int | float]:
@@ -274,134 +223,7 @@ def _padding(processor: Any, pad_id: int | None) -> dict[str, int | float]:
 # --- labels -------------------------------------------------------------------------------------
 
 
-def _label_values(source: Source, problems: _Problems) -> list[Any]:
-    """One plain value a row; `None` where it is missing, which is told."""
-    if source.label_column is None:
-        problems.whole.append(
-            f"{source.origin} has no label column that can be told; its columns are "
-            f"{', '.join(source.columns)}. Name it with label_column (--label-column)."
-        )
-        return [None] * len(source)
-    values = [plain_label(value) for value in source.column(source.label_column)]
-    for i, value in enumerate(values):
-        if value is None or value == "" or value != value:
-            problems.add(i, f"the label in {source.label_column!r} is missing")
-            values[i] = None
-        elif isinstance(value, list):
-            problems.add(i, f"the label is a list of {len(value)}; one label a row is accepted")
-            values[i] = None
-    return values
-
-
-def _number_labels(source: Source, problems: _Problems) -> Tensor:
-    values = _label_values(source, problems)
-    for i, value in enumerate(values):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-            problems.add(i, f"the label {value!r} is not a finite number")
-            values[i] = None
-    return torch.tensor([0.0 if v is None else float(v) for v in values], dtype=torch.float32)
-
-
-def _class_labels(
-    source: Source,
-    names: tuple[str, ...] | None,
-    num_labels: int | None,
-    training: bool,
-    problems: _Problems,
-) -> Tensor:
-    values = _label_values(source, problems)
-    own = source.label_names
-    if names is None and own is not None and training:
-        names = own
-    count = num_labels or (len(names) if names else None)
-    spelled = any(isinstance(value, str) for value in values)
-    found = []
-    for i, value in enumerate(values):
-        if own and names and names != own and isinstance(value, int) and 0 <= value < len(own):
-            value = own[value]  # class ids of another order mean what their names say
-        label, problem = (0, "") if value is None else _class_id(value, names, count)
-        if spelled and isinstance(value, (int, float)):
-            problem = f"the label {value!r} is a number, where other labels are text"
-        if problem:
-            problems.add(i, problem)
-        elif value is not None:
-            found.append(label)
-        values[i] = label
-    if training and len(found) == len(values) and len(set(found)) == 1:
-        only = f"{found[0]}" + (f" ({names[found[0]]!r})" if names else "")
-        problems.whole.append(
-            f"All {len(found):,} labels of {source.origin} are {only}; a classification learns "
-            "from two classes or more. If rows are sorted by label, shuffle them or raise limit."
-        )
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _class_id(value: Any, names: tuple[str, ...] | None, count: int | None) -> tuple[int, str]:
-    """(class id, what is wrong with it)."""
-    if isinstance(value, str):
-        if names is None:
-            return 0, f"the label {value!r} is text, but the training labels are numbers"
-        if value not in names:
-            known = ", ".join(map(repr, names[:SHOWN]))
-            return 0, f"the label {value!r} is not among {known}.{nearest(value, names)}"
-        value = names.index(value)
-    elif isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int):
-        return 0, f"the label {value!r} is not a whole number; for numbers use task 'regression'"
-    if value < 0 or (count is not None and value >= count):
-        accepted = f"0 to {count - 1}" if count is not None else "0 and above"
-        return 0, f"the label {value} is out of range; {accepted} are accepted"
-    return int(value), ""
-
-
-def _token_labels(
-    source: Source,
-    inputs: Sequence[Mapping[str, Tensor]],
-    starts: Sequence[int],
-    problems: _Problems,
-) -> tuple[Tensor, ...]:
-    """Labels aligned with the tokens; −100 on prompts and on padding that the rows brought."""
-    if "input_ids" not in inputs[0]:
-        problems.whole.append(
-            f"{source.origin} holds no tokens; a language model needs 'input_ids'."
-        )
-        return tuple(torch.zeros(0, dtype=torch.int64) for _ in inputs)
-    own: Sequence[Any] = [None] * len(source)
-    if source.tokenised and source.label_column is not None:
-        own = source.column(source.label_column)
-    found = []
-    for i, row in enumerate(inputs):
-        tokens = row["input_ids"]
-        if isinstance(own[i], (list, tuple, np.ndarray, Tensor)):
-            labels = _tensor(own[i])[: len(tokens)].long()
-        else:
-            labels = (
-                torch.where(_mask(row).bool(), tokens, IGNORED) if _is_tokens(tokens) else tokens
-            )
-            labels[: starts[i]] = IGNORED
-        found.append(labels)
-        if problem := _token_problem(tokens, labels):
-            problems.add(i, problem)
-    return tuple(found)
-
-
-def _token_problem(tokens: Tensor, labels: Tensor) -> str:
-    if not _is_tokens(tokens):
-        return ""  # told by the check of tokens
-    if labels.shape != tokens.shape:
-        return f"{len(labels)} labels came for {len(tokens)} tokens"
-    if len(tokens) < 2:
-        return "1 token came; a language model needs 2 to predict one"
-    if bool((labels[1:] == IGNORED).all()):
-        return "no token is left to predict (every label is -100)"
-    return ""
-
-
-# --- checks of tensors --------------------------------------------------------------------------
-
-
-def _check_shapes(inputs: Sequence[Mapping[str, Tensor]], problems: _Problems) -> None:
+def _check_shapes(inputs: Sequence[Mapping[str, Tensor]], problems: RowProblems) -> None:
     """Finite numbers, and one shape for everything that is not padded."""
     for name in inputs[0]:
         column = [row[name] for row in inputs]
@@ -421,7 +243,7 @@ def _check_tokens(
     inputs: Sequence[Mapping[str, Tensor]],
     max_positions: int | None,
     vocab_size: int | None,
-    problems: _Problems,
+    problems: RowProblems,
 ) -> None:
     for i, row in enumerate(inputs):
         tokens = row.get("input_ids")
@@ -429,7 +251,7 @@ def _check_tokens(
             if tokens is not None:
                 problems.add(i, "no token came (an empty text, and a tokenizer that adds none?)")
             continue
-        if not _is_tokens(tokens):
+        if not is_tokens(tokens):
             problems.add(i, f"'input_ids' is {tokens.dtype} {list(tokens.shape)}, not token ids")
             continue
         if max_positions is not None and len(tokens) > max_positions:

@@ -478,6 +478,25 @@ def test_the_model_is_left_as_it_was_after_an_exception(method: str) -> None:
     assert state_of(p.model) == before
 
 
+def test_the_check_runs_in_full_precision_and_gives_the_users_back() -> None:
+    seen = []
+
+    class Watches(Classification):
+        def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().log_likelihood(logits, labels)
+
+    p = named("mlp")
+    torch.set_float32_matmul_precision("high")
+    try:
+        engine_of(Problem(p.model, Watches(3), p.samples, p.space))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and set(seen) == {("highest", False)}
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_a_model_that_fails_in_the_forward_pass_keeps_no_hook() -> None:
     p = named("bert-sdpa")
     before = state_of(p.model)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -72,7 +74,8 @@ def make_engine(
     for path in order[first:]:
         try:
             engine = _build(path, model, task, space, example)
-            error, allowed = self_check(engine, loop, example)
+            with _full_precision():
+                error, allowed = self_check(engine, loop, example)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as problem:
@@ -102,6 +105,26 @@ def _build(
     log.info("No tap reaches %s; vmap computes these.", ", ".join(taps.uncovered))
     rest = VMap(model, task, taps.uncovered)
     return Joined(taps, rest) if taps.names else rest
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 meanwhile: the check compares formulas, and TF32 alone errs by more than it allows.
+
+    cuDNN's convolutions use it by default.
+    """
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def self_check(engine: Engine, reference: Loop, example: Batch) -> tuple[float, float]:

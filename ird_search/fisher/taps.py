@@ -103,8 +103,9 @@ class Taps:
             del pull, found
             outs = {key: _per_sample(g, size) for key, g in outs.items()}
             tensors = self._contract(inputs, outs, size)
-            seen = [x for x in inputs.values() if x.is_floating_point()]
-            finite = all_finite([values, *outs.values(), *seen], size)
+            # Inputs that several sites share (query, key, value) are looked at once.
+            seen = {id(x): x for x in inputs.values() if x.is_floating_point()}
+            finite = all_finite([values, *outs.values(), *seen.values()], size)
         yield Contribution(slice(0, size), tensors, finite)
 
     def _contract(

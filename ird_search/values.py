@@ -1,0 +1,30 @@
+"""One value of a row as a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_tensor(value: Any) -> Tensor:
+    """On the CPU; whole numbers as int64 (bytes and bools stay), a list's decimals as float32."""
+    if isinstance(value, Tensor):
+        t = value.detach().cpu()
+    else:
+        t = torch.as_tensor(np.asarray(value))
+        t = t.to(torch.get_default_dtype()) if t.is_floating_point() else t
+    return t.long() if t.dtype in (torch.int16, torch.int32) else t
+
+
+def is_tokens(t: Tensor) -> bool:
+    """Whether this is one row of whole numbers: token ids, a mask, segment ids."""
+    return t.ndim == 1 and not t.is_floating_point()
+
+
+def attended(row: Mapping[str, Tensor]) -> Tensor:
+    """The row's own attention mask, or ones: padding must not be attended to."""
+    return row["attention_mask"] if "attention_mask" in row else torch.ones_like(row["input_ids"])
