@@ -19,7 +19,7 @@ demo: $(BIN)/ird-search
 	$(BIN)/ird-search demo --output runs/demo
 
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -21,6 +21,9 @@ from ird_search.progress import Progress
 from ird_search.run import Run, SearchResult, open_fisher
 from ird_search.rundir import RunDirectory
 
+FISHER_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Padded tokens in one batch of the Fisher pass: more of them only take memory on a CPU."""
+
 
 @dataclass(frozen=True, eq=False)
 class FisherScores:
@@ -76,14 +79,14 @@ def search_mask(
         NoProxySucceeded: every proxy failed.
 
     Example:
+        >>> import torch
         >>> rows = [(torch.randn(4), i % 2) for i in range(80)]
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> result = search_mask(net, rows, density=0.25, pool=16, proxy_steps=4, rounds=2, seeds=1)
         >>> result.mask.count
         10
     """
-    from_keywords, options = split_settings(settings)
-    config = config.replace(**from_keywords) if config else SearchConfig(**from_keywords)
+    config, options = _resolved(config, settings)
     place = RunDirectory(Path(output)) if output is not None else None
     replay = _replay(model, data, eval_data, options, config, revision)
     if place is not None:
@@ -130,14 +133,14 @@ def fisher_scores(
         UsageError, DataError, ModelError: bad settings, data or model.
 
     Example:
+        >>> import torch
         >>> rows = [(torch.randn(4), i % 2) for i in range(6)]
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> scores = fisher_scores(net, rows, head=[])
         >>> scores.by_parameter["0.weight"].shape, scores.by_sample.shape, scores.path
         (torch.Size([8, 4]), torch.Size([6]), 'taps')
     """
-    from_keywords, options = split_settings(settings)
-    config = config.replace(**from_keywords) if config else SearchConfig(**from_keywords)
+    config, options = _resolved(config, settings)
     with _as_it_came(model):
         loaded, task, samples, _ = open_samples(
             model, data, options=options, config=config, processor=processor, revision=revision
@@ -151,6 +154,17 @@ def fisher_scores(
             found = fisher.marginals(within=None if mask is None else mask.coords)
     by_parameter = space.split(found.columns)
     return FisherScores(by_parameter, found.rows, samples.ids, fisher.engine.path, space)
+
+
+def _resolved(
+    config: SearchConfig | None, settings: Mapping[str, Any]
+) -> tuple[SearchConfig, DataConfig]:
+    """The settings of a call, with what depends on the machine written out."""
+    from_keywords, options = split_settings(settings)
+    config = config.replace(**from_keywords) if config else SearchConfig(**from_keywords)
+    device = resolve_device(config.device)
+    tokens = config.fisher_tokens or FISHER_TOKENS.get(device.type, FISHER_TOKENS["cpu"])
+    return config.replace(device=str(device), fisher_tokens=tokens), options
 
 
 def _space(model: nn.Module, config: SearchConfig) -> ParameterSpace:

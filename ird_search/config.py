@@ -81,7 +81,11 @@ class SearchConfig:
     include: tuple[str, ...] = setting((), "regular expressions: only these are candidates")
     exclude: tuple[str, ...] = setting((), "regular expressions: these are not candidates")
     method: Method = setting("auto", "how per-sample gradients are computed")
-    fisher_tokens: int = setting(2048, "padded tokens in one batch of the Fisher pass", low=1)
+    fisher_tokens: int | None = setting(
+        None,
+        "padded tokens in one batch of the Fisher pass; by default 512 (16384 on a GPU)",
+        low=1,
+    )
     cache_mb: int = setting(2048, "memory for kept factors and kept Fisher entries, MB", low=0)
     seed: int = setting(0, "every random choice derives from it", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")

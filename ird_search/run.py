@@ -32,6 +32,9 @@ from ird_search.task import Task
 from ird_search.training import snapshot
 from ird_search.verdict import Verdict, give_verdict
 
+CHECKED = 8
+"""Samples handed to the self-check, which compares the first two with finite gradients."""
+
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
@@ -228,7 +231,7 @@ def open_fisher(
     device: torch.device,
 ) -> FisherMatrix:
     """The matrix of a model on a sample set, by the fastest path that passes the self-check."""
-    rows = torch.arange(min(2, len(samples)))
+    rows = torch.arange(min(CHECKED, len(samples)))
     engine: Engine = make_engine(
         model, task, space, example=samples.batch(rows, device), method=config.method
     )
@@ -236,7 +239,7 @@ def open_fisher(
         engine,
         samples,
         space,
-        tokens=config.fisher_tokens,
+        tokens=config.fisher_tokens or 512,
         cache_bytes=config.cache_mb * 2**20,
         device=device,
     )

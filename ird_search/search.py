@@ -171,13 +171,13 @@ def nominate(
     fewer = pair.rows
     if shrunk > pair.shrunk:
         fewer = pair.rows[top_k(fisher.row_scores(pair.rows, pair.columns), ranges.rows[shrunk])]
-    scored: dict[tuple[int, bool], Tensor] = {}
+    scored: dict[tuple[int, int], Tensor] = {}
     # The step counts: where fewer columns than k′ have a score, k′ may fall and the mask stay.
     seen = {(pair.rows.numel(), pair.step, _digest(fisher, pair.columns))}
     for move in moves:
         rows = fewer if move in ("both", "rows") else pair.rows
         is_open = pair.open if move == "rows" else pair.columns
-        known = (rows.numel(), move == "rows")
+        known = (rows.numel(), id(is_open))
         if known not in scored:
             scored[known] = fisher.column_scores(rows, is_open)
         k = ranges.columns[step]
