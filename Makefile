@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test lint types wheel clean
 
 $(BIN)/ird-search: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,7 @@ $(VENV)/.test: $(BIN)/ird-search
 	touch $@
 
 demo: $(BIN)/ird-search
+	rm -rf runs/demo
 	$(BIN)/ird-search demo --output runs/demo
 
 test: $(VENV)/.test
@@ -26,6 +27,13 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+wheel: $(VENV)/.test
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist > build.log 2>&1 || (cat build.log; false)
+	rm -rf build build.log dist/there
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target dist/there dist/*.whl
+	cd dist/there && ../../$(BIN)/python -c "import ird_search.cli as c; print('wheel:', c.__file__)"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
