@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from environment import RESULTS, write_result
+from record import RESULTS, write_result
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
