@@ -31,7 +31,8 @@ class FisherScores:
 
     Args:
         by_parameter: c_j = 1/N Σᵢ F[i, j], in the tensors' shapes, by name.
-        by_sample: r_i = Σ_{j∈M} F[i, j], float64 [N]; −∞ for a sample without a finite gradient.
+        by_sample: r_i = Σ_{j∈M} F[i, j], float64 [N]; −∞ for a sample without a finite gradient (of
+            which at most 1% are left out; more raise a `DataError`).
         ids: the samples' positions in the data, int64 [N].
         path: how the gradients were computed.
         space: the parameters that were scored.
@@ -65,8 +66,8 @@ def search_mask(
         model: an `nn.Module` (transformers, PEFT-wrapped, or your own), a directory, or a hub id.
         data: a `datasets` data set, a torch data set, a list of dicts or of (x, y) pairs, a path
             to csv/json/jsonl/parquet, or a hub id; tokenised or raw.
-        eval_data: the same for held-out samples; by default a validation split, else a part of
-            `data`.
+        eval_data: the same for held-out samples; by default a validation split, else (and
+            where `split` is named) a part of `data`.
         output: a run directory: everything is written there, and an interrupted run goes on.
         config: settings as one value, instead of keywords.
         processor: tokenizer or image processor, where the model brings none.
@@ -105,7 +106,7 @@ def search_mask(
         with place.claimed(replay) if place else nullcontext(), _as_it_came(problem.model):
             result = Run(problem, config, place, Progress(progress)).result()
             if place is not None:
-                result.save(place.path)
+                result.write(place)
     return result
 
 
@@ -150,7 +151,8 @@ def fisher_scores(
         space = mask.space if mask else _space(loaded.model, config)
         device = resolve_device(config.device)
         with _as_it_came(loaded.model), borrowed(loaded.model.to(device)) as there:
-            fisher = open_fisher(there.eval(), task, space, samples, config, device)
+            once = config.replace(cache_mb=0)  # one pass: nothing is read again
+            fisher = open_fisher(there.eval(), task, space, samples, once, device)
             found = fisher.marginals(within=None if mask is None else mask.coords)
     by_parameter = space.split(found.columns)
     return FisherScores(by_parameter, found.rows, samples.ids, fisher.engine.path, space)
@@ -181,11 +183,12 @@ def _space(model: nn.Module, config: SearchConfig) -> ParameterSpace:
 def _as_it_came(model: Any) -> Iterator[None]:
     """Hand a module back on the device it came on."""
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = None if first is None else first.device  # `to` moves a parameter in place
     try:
         yield
     finally:
-        if first is not None and isinstance(model, nn.Module):
-            model.to(first.device)
+        if device is not None:
+            model.to(device)
 
 
 def _replay(

@@ -89,7 +89,7 @@ class SearchConfig:
     cache_mb: int = setting(2048, "memory for kept factors and kept Fisher entries, MB", low=0)
     seed: int = setting(0, "every random choice derives from it", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: Dtype = setting("auto", "dtype of the weights (auto: float32 on the CPU)")
+    dtype: Dtype = setting("auto", "dtype of weights that are loaded (auto: float32)")
 
     def __post_init__(self) -> None:
         check_settings(self)

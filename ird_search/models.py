@@ -307,9 +307,9 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
     try:
         processor = loader.from_pretrained(name, trust_remote_code=False, **where)
     except _LOAD_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"No {what} could be loaded from {name!r} ({str(error).strip().splitlines()[0]}). "
-            "Pass one as `processor`."
+            f"No {what} could be loaded from {name!r} ({reason}). Pass one as `processor`."
         ) from error
     special = getattr(processor, "all_special_tokens", ())
     if loader is AutoTokenizer and len(processor) <= len(special):

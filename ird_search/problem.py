@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ird_search.artifact import weights_sha256
+from ird_search.columns import IDS
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.devices import resolve_device
 from ird_search.encoding import encode
@@ -33,7 +34,7 @@ from ird_search.parameters import ParameterSpace, candidate_space, head_paramete
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
-from ird_search.sources import Source, read_source, read_validation
+from ird_search.sources import Source, read_source, read_validation, splits_of
 from ird_search.task import Task, make_task
 
 HELD_OUT_SHARE = 0.25
@@ -97,6 +98,8 @@ def open_samples(
         limit=options.limit,
     )
     name = infer_task(model, source) if options.task == "auto" else options.task
+    if options.task == "auto" and name == "causal-lm" and not isinstance(model, nn.Module):
+        _refuse_unread_columns(source)
     loaded = load_model(
         model,
         task=name,
@@ -151,8 +154,9 @@ def make_problem(
 ) -> Problem:
     """Everything a search needs, checked on the CPU before any work starts.
 
-    Evaluation samples come from `eval_data`, else from the validation split of `data`, else a part
-    of `data` is held out. One half of them chooses, the other gives the verdict.
+    Evaluation samples come from `eval_data` (its validation split, where it has one), else from the
+    validation split of `data`, else, and where `split` is named, a part of `data` is held out. One
+    half of them chooses, the other gives the verdict.
     """
     loaded, task, samples, source = open_samples(
         model, data, options=options, config=config, processor=processor, revision=revision
@@ -192,14 +196,29 @@ def make_problem(
     )
 
 
+def _refuse_unread_columns(source: Source) -> None:
+    """Text without a label is for a language model, unless a column is left that may be one."""
+    unread = [c for c in source.columns if c not in (*source.text_columns, *source.input_columns)]
+    if unread := [c for c in unread if c.lower() not in IDS]:
+        raise DataError(
+            f"No label column was found in {source.origin}: the columns are "
+            f"{', '.join(source.columns)}. Name it with label_column (--label-column "
+            f"{unread[0]}), or say task='causal-lm' (--task causal-lm) to learn the text itself."
+        )
+
+
 def _eval_source(data: Any, eval_data: Any, source: Source, options: DataConfig) -> Source | None:
     """Evaluation rows with the same columns as the training rows."""
-    label = source.label_column
+    columns: dict[str, Any] = {
+        "text_columns": source.text_columns,
+        "label_column": source.label_column,
+    }
     if eval_data is not None:
-        return read_source(eval_data, text_columns=source.text_columns, label_column=label)
-    if options.split is not None:
-        return None
-    return read_validation(data, text_columns=source.text_columns, label_column=label)
+        held_out = read_validation(eval_data, **columns)
+        return read_source(eval_data, **columns) if held_out is None else held_out
+    if options.split is not None or len(splits_of(data)) < 2:
+        return None  # a lone split is what is learnt from, whatever its name
+    return read_validation(data, **columns)
 
 
 def _task_name(task: Task, samples: SampleSet) -> str:

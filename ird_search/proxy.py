@@ -145,10 +145,12 @@ def evaluate(
     losses = torch.empty(len(samples), dtype=torch.float64)
     summaries: dict[int, Tensor] = {}
     with evaluation_mode(model):
-        for batch in samples.length_batches(torch.arange(len(samples)), tokens=EVAL_TOKENS):
+        # A language model gives a vocabulary of logits for each token.
+        tokens = EVAL_TOKENS if isinstance(samples.labels, Tensor) else EVAL_TOKENS // 16
+        for batch in samples.length_batches(torch.arange(len(samples)), tokens=tokens):
             there = batch.to(device)
             logits = logits_of(model, there.inputs)
-            losses[batch.rows] = -task.log_likelihood(logits, there.labels).double().cpu()
+            losses[batch.rows] = -task.log_likelihood(logits, there.labels).cpu().double()
             summary = task.summary(logits, there.labels).float().cpu()
             summaries |= dict(zip(batch.rows.tolist(), summary, strict=True))
     summary = torch.stack([summaries[i] for i in range(len(samples))])

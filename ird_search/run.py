@@ -15,6 +15,7 @@ from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
 from ird_search.borrow import borrowed
 from ird_search.config import SearchConfig
+from ird_search.errors import UsageError
 from ird_search.fisher import Engine, FisherMatrix, make_engine
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
@@ -22,7 +23,7 @@ from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
 from ird_search.progress import Progress
 from ird_search.proxy import Candidate, Proxies, Trial
-from ird_search.rundir import REPORT, RunDirectory
+from ird_search.rundir import MASK, REPORT, ROUNDS, RunDirectory
 from ird_search.samples import SampleSet
 from ird_search.search import MOVES, Ranges, Round, Scored, SearchState, search
 from ird_search.seeds import derive
@@ -60,8 +61,18 @@ class SearchResult:
     provenance: Mapping[str, Any]
 
     def save(self, directory: str | Path) -> Path:
-        """Write `rounds.jsonl`, `report.md` and `mask.safetensors`; return the mask's path."""
+        """Write `rounds.jsonl`, `report.md` and `mask.safetensors`; return the mask's path.
+
+        Raises:
+            UsageError: one of these files is there already.
+        """
         place = RunDirectory(Path(directory))
+        if found := [n for n in (ROUNDS, REPORT, MASK) if (place.path / n).exists()]:
+            raise UsageError(f"{place.path} holds {', '.join(found)}. Choose another directory.")
+        return self.write(place)
+
+    def write(self, place: RunDirectory) -> Path:
+        """Write the files of a run into its own directory, the mask last."""
         place.write_rounds([report.round_record(r) for r in self.rounds])
         text = report.markdown(self.verdict, self.rounds, self.winner, self.provenance)
         place.write(REPORT, text)
@@ -107,7 +118,8 @@ class Run:
             assert winner is not None  # the target is always reached: each round shrinks a range
             verdict = self._verdict(winner, fisher)
             scores = fisher.row_scores(winner.pair.rows, winner.mask.coords)
-            chosen = ChosenRows(samples.ids[winner.pair.rows], scores.float())
+            finite = scores.isfinite()  # samples that were left out told nothing
+            chosen = ChosenRows(samples.ids[winner.pair.rows][finite], scores[finite].float())
         self.show.stop()
         provenance = self._provenance(winner, verdict, fisher)
         return SearchResult(

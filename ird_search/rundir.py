@@ -98,7 +98,8 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise UsageError(f"The output {self.path} is a file; a directory is needed.")
-        names = {p.name for p in self.path.iterdir()}
+        # A write that was killed leaves a hidden temporary file, which is no one's work.
+        names = {p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")}
         if MASK in names:
             raise UsageError(
                 f"The output directory {self.path} holds a finished run ({MASK}). "

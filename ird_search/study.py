@@ -8,8 +8,11 @@ from pathlib import Path
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
+from ird_search.errors import ResourceError
 from ird_search.proxy import Trial
 
 NAME = "ird-search"
@@ -48,7 +51,7 @@ class Study:
         attributes |= {f"metric_{k}": v for k, v in trial.metrics.items()}
         if trial.failure:
             attributes["failure"] = trial.failure
-        with _quiet():
+        with _quiet(), _room():
             self.study.add_trial(
                 create_trial(
                     state=TrialState.COMPLETE if trial.ok else TrialState.FAIL,
@@ -68,6 +71,18 @@ class Study:
                     user_attrs=attributes,
                 )
             )
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """A record that cannot be written: the disk is full, or gone."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise ResourceError(
+            f"The study could not be written: {str(error)[:200]!r}. Make room "
+            "or choose another disk."
+        ) from error
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def make_engine(
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as problem:
-            reason = f"it fails: {type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+            told = (str(problem).splitlines() or ["no message"])[0][:200]
+            reason = f"it fails: {type(problem).__name__}: {told}"
         else:
             if error <= allowed:
                 log.info("Fisher path %s, error against the loop %.1e", engine.path, error)
