@@ -69,8 +69,10 @@ def make_engine(
         method: "auto" (taps first), or the path to try first: "taps", "vmap", "loop".
     """
     loop = Loop(model, task, space.names)
+    chosen: Engine = loop
     order = ["taps", "vmap"]
     first = {"auto": 0, "taps": 0, "vmap": 1, "loop": 2}[method]
+    reasons = []
     for path in order[first:]:
         try:
             engine = _build(path, model, task, space, example)
@@ -80,18 +82,21 @@ def make_engine(
             raise
         except Exception as problem:
             told = (str(problem).splitlines() or ["no message"])[0][:200]
-            reason = f"it fails: {type(problem).__name__}: {told}"
+            reasons.append(f"{path!r} fails: {type(problem).__name__}: {told}")
         else:
             if error <= allowed:
                 log.info("Fisher path %s, error against the loop %.1e", engine.path, error)
-                return engine
-            reason = f"its error against the loop is {error:.1e}, more than {allowed:.0e}"
+                chosen = engine
+                break
+            reasons.append(f"{path!r} is off the loop by {error:.1e}, more than {allowed:.0e}")
+    if reasons:
         warnings.warn(
-            f"The Fisher path {path!r} is not used on {type(model).__name__}: {reason}.",
+            f"On {type(model).__name__} the Fisher path {chosen.path!r} is used: "
+            f"{'; '.join(reasons)}.",
             FallbackWarning,
             stacklevel=2,
         )
-    return loop
+    return chosen
 
 
 def _build(
