@@ -23,20 +23,8 @@ from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
 from ird_search.rundir import RunDirectory
 from tests.tiny import TEXT_ROWS, save_tiny_bert
-from tests.toy import QUICK, toy_net, toy_rows
+from tests.toy import OPTIONS, QUICK, toy_net, toy_rows
 
-OPTIONS = {
-    "density": "0.02",
-    "pool": "16",
-    "min-samples": "4",
-    "rounds": "2",
-    "warmup-steps": "1",
-    "proxy-steps": "1",
-    "batch-size": "8",
-    "learning-rate": "0.01",
-    "seeds": "1",
-    "device": "cpu",
-}
 ROWS = TEXT_ROWS * 6
 
 

@@ -24,19 +24,8 @@ from ird_search.config import DataConfig, SearchConfig
 from ird_search.ledger import Ledger
 from ird_search.proxy import Proxies, Trial
 from tests.tiny import TEXT_ROWS, save_tiny_bert
+from tests.toy import OPTIONS
 
-OPTIONS = {
-    "density": "0.02",
-    "pool": "16",
-    "min-samples": "4",
-    "rounds": "2",
-    "warmup-steps": "1",
-    "proxy-steps": "1",
-    "batch-size": "8",
-    "learning-rate": "0.01",
-    "seeds": "2",
-    "device": "cpu",
-}
 FILES = {"config.yaml", "ledger", "mask.safetensors", "report.md", "rounds.jsonl", "study.db"}
 
 
@@ -51,6 +40,7 @@ def command(place: Path, output: Path, **changes: str | None) -> list[str]:
         "data": str(place / "rows.csv"),
         "output": str(output),
         **OPTIONS,
+        "seeds": "2",
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }
     return ["run", *(w for k, v in options.items() if v is not None for w in (f"--{k}", v))]

@@ -30,6 +30,20 @@ QUICK: dict[str, Any] = {
 }
 """Settings of a search that takes a moment."""
 
+OPTIONS = {
+    "density": "0.02",
+    "pool": "16",
+    "min-samples": "4",
+    "rounds": "2",
+    "warmup-steps": "1",
+    "proxy-steps": "1",
+    "batch-size": "8",
+    "learning-rate": "0.01",
+    "seeds": "1",
+    "device": "cpu",
+}
+"""The command line's options of a search of a tiny transformer."""
+
 
 def toy_net(seed: int = 0) -> nn.Sequential:
     """4 → 8 → 2, the last layer being the head."""
