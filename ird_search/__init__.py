@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ird_search.config import SearchConfig
     from ird_search.freeze import apply_mask, verify
     from ird_search.mask import SparseMask
-    from ird_search.optimizer import MaskedAdamW
+    from ird_search.optimizer import MaskedAdamW, masked
     from ird_search.parameters import ParameterSpace
     from ird_search.training import finetune
 
@@ -38,6 +38,7 @@ _HOMES = {
     "fisher_scores": "api",
     "inspect_mask": "artifact",
     "load_mask": "artifact",
+    "masked": "optimizer",
     "save_mask": "artifact",
     "search_mask": "api",
     "verify": "freeze",
@@ -55,6 +56,7 @@ __all__ = [
     "fisher_scores",
     "inspect_mask",
     "load_mask",
+    "masked",
     "save_mask",
     "search_mask",
     "verify",

@@ -62,13 +62,7 @@ class Entries:
         """The entries of a gradient, which may be sparse: [k]."""
         if not grad.is_sparse:
             return self.take(grad)
-        if self.index is not None and grad.is_coalesced() and grad._nnz() == self.count:
-            places = grad._indices()
-            if len(places) == 2 == grad.ndim:  # single entries, and not rows of a table
-                flat = places[0] * grad.shape[1] + places[1]
-                if torch.equal(flat, self._on(self.index, grad.device)):
-                    return grad._values()
-        return self.take(grad.to_dense())
+        return grad._values() if self._is_of_these(grad) else self.take(grad.to_dense())
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write [k] values into the entries of `tensor`; all others keep their bits."""
@@ -84,10 +78,24 @@ class Entries:
             tensor[torch.unravel_index(index, tensor.shape)] = values
 
     def only(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` that is zero elsewhere, also where `tensor` is not finite."""
+        """`tensor`, but zero elsewhere, also where it is not finite; a copy, unless it was so."""
+        if tensor.is_sparse:
+            if self._is_of_these(tensor):
+                return tensor
+            tensor = tensor.to_dense()
         kept = torch.zeros_like(tensor)
         self.put(kept, self.take(tensor))
         return kept
+
+    def _is_of_these(self, sparse: Tensor) -> bool:
+        """Whether a sparse matrix holds just these entries, in their order."""
+        if self.index is None or not sparse.is_coalesced() or sparse._nnz() != self.count:
+            return False
+        places = sparse._indices()
+        if len(places) != 2 or sparse.ndim != 2:  # rows of a table, and not single entries
+            return False
+        flat = places[0] * sparse.shape[1] + places[1]
+        return torch.equal(flat, self._on(self.index, sparse.device))
 
     def _on(self, index: Tensor, device: torch.device) -> Tensor:
         """The index on a device, sent there once: a model may be moved after the mask is set."""

@@ -1,7 +1,7 @@
 """What keeps everything outside a mask as it is, whatever trains the model.
 
-`MaskedAdamW` never touches a frozen entry and needs only `trainable_only`, which saves time and
-memory. Any other optimizer goes through `apply_mask`. `verify` looks at the outcome.
+A `masked` optimizer never touches a frozen entry and needs only `trainable_only`, which saves time
+and memory. Any other optimizer goes through `apply_mask`. `verify` looks at the outcome.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
 from ird_search.entries import Entries, trained_entries
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
+from ird_search.optimizer import MaskedOptimizer
 
 _applied: weakref.WeakKeyDictionary[nn.Module, MaskHandle] = weakref.WeakKeyDictionary()
 """Every module under a mask. It also keeps a handle that the caller drops alive with its model."""
@@ -72,7 +73,8 @@ def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ())
     * Around each step of an optimizer that owns one of these tensors, frozen entries are put back
       bit for bit: weight decay and momentum move entries whose gradient is zero.
 
-    For the time of a step this takes a copy of the touched tensors; `MaskedAdamW` needs none.
+    For the time of a step this takes a copy of the touched tensors. A `masked` optimizer needs
+    none: there, `apply_mask` is what zeroes gradients before somebody else's clipping.
 
     Args:
         mask: the entries that are trained.
@@ -168,6 +170,8 @@ class MaskHandle:
     def _save(self, optimizer: Optimizer) -> None:
         """Before a step: copy the tensors that the optimizer is about to write."""
         self._put_back()  # if the last step raised, its half-finished work is still there
+        if isinstance(optimizer, MaskedOptimizer):
+            return
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._saved = [
             (e, e.parameter.detach().clone()) for e in self._partial if id(e.parameter) in owned

@@ -1,12 +1,17 @@
-"""`MaskedAdamW`: AdamW whose state is as large as the mask, not as the model."""
+"""Optimizers whose state is as large as the mask, not as the model.
+
+Any optimizer that treats each entry by itself (SGD, Adam, RMSprop, …) can work on the selected
+entries alone: they are read into one short vector [k], the optimizer takes its step there, and the
+outcome is written back. Its state is then [k], too, and nothing else can move: neither by weight
+decay nor by momentum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Any, cast
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,83 +22,254 @@ from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
 
 
-@dataclass(frozen=True, eq=False)
 class _Flat:
     """The trained entries of tensors that share dtype and device, behind one another: [k].
 
     Args:
-        key: under which the optimizer keeps the state.
         group: which parameter group they follow.
         entries: the tensors' entries.
+        master: float32 values that stand for half-precision weights; by default, the weights.
+
+    Attributes:
+        parameter: what the optimizer steps on, in float32 (float64 for float64 weights). Unless it
+            holds master values it is empty between two steps, when it has been `release`d.
     """
 
-    key: str
-    group: int
-    entries: tuple[Entries, ...]
+    def __init__(
+        self, group: int, entries: Iterable[Entries], master: Tensor | None = None
+    ) -> None:
+        self.group, self.entries = group, tuple(entries)
+        like = self.entries[0].parameter
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.is_half = like.dtype != self.dtype
+        values = self._weights() if master is None else master.to(like.device)
+        self.parameter = nn.Parameter(values)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the state: float32 or wider."""
-        return torch.promote_types(self.entries[0].parameter.dtype, torch.float32)
+    def counts(self) -> list[int]:
+        """How many entries of each tensor: [tensors]."""
+        return [e.count for e in self.entries]
 
     @property
-    def is_half(self) -> bool:
-        """Whether the weights are too coarse to hold a small update."""
-        return self.entries[0].parameter.dtype != self.dtype
+    def gradient(self) -> Tensor:
+        """The gradient, between `load` and `store`: [k]."""
+        assert self.parameter.grad is not None
+        return self.parameter.grad
 
-    @cached_property
-    def offsets(self) -> list[int]:
-        """Where each tensor's entries begin, and k at the end: [tensors + 1]."""
-        return list(accumulate((e.count for e in self.entries), initial=0))
+    def load(self) -> None:
+        """Read the weights and their gradients: [k] each."""
+        self.parameter.data = self._current()
+        gradients = [e.take_gradient(e.parameter.grad) for e in self.entries]  # type: ignore[arg-type]
+        self.parameter.grad = torch.cat(gradients).to(self.dtype)
 
-    def runs(self, steps: list[int]) -> Iterator[slice]:
-        """Longest stretches of neighbours that have a gradient and the same number of steps.
+    def store(self) -> None:
+        """Write the weights back."""
+        parts = self.parameter.data.split(self.counts)
+        for e, values in zip(self.entries, parts, strict=True):
+            e.put(e.parameter.detach(), values)
 
-        One stretch in ordinary training. Tensors without a gradient are left out, as in torch:
-        neither their weights, nor their state, nor their step count move.
+    def release(self) -> None:
+        """Drop what is not kept between two steps."""
+        self.parameter.grad = None
+        if not self.is_half:
+            self.parameter.data = self.parameter.data.new_empty(0)
+
+    def _weights(self) -> Tensor:
+        parts = [e.take(e.parameter.detach()) for e in self.entries]
+        return torch.cat(parts).to(self.dtype)
+
+    def _current(self) -> Tensor:
+        """The weights to update.
+
+        A master value stands for its weight as long as it rounds to it; otherwise someone has
+        written the weight (a restored snapshot, a loaded checkpoint), and the weight counts.
         """
-        start = 0
-        for i, e in enumerate(self.entries):
-            if e.parameter.grad is None:
-                if start < i:
-                    yield slice(start, i)
-                start = i + 1
-            elif start < i and steps[i] != steps[start]:
-                yield slice(start, i)
-                start = i
-        if start < len(self.entries):
-            yield slice(start, len(self.entries))
+        weights = self._weights()
+        if not self.is_half:
+            return weights
+        master = self.parameter.data
+        rounded = master.to(self.entries[0].parameter.dtype).to(master.dtype)
+        return torch.where(rounded == weights, master, weights)
 
-    def part(self, run: slice) -> slice:
-        """Where a run lies in the flat vectors."""
-        return slice(self.offsets[run.start], self.offsets[run.stop])
 
-    def values(self, run: slice) -> Tensor:
-        """The current weights of a run's entries: [k′]."""
-        parts = [e.take(e.parameter.detach()) for e in self.entries[run]]
-        return torch.cat(parts).to(self.dtype)
+class MaskedOptimizer(Optimizer):
+    """What `masked` makes of an optimizer class, the `optimizer_class`; see there."""
 
-    def gradients(self, run: slice) -> Tensor:
-        """The gradients of a run's entries: [k′]."""
+    optimizer_class: ClassVar[type[Optimizer]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        *,
+        lr: float,
+        dense: Iterable[str] = (),
+        clip_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        masked, whole = trained_entries(model, mask, dense)
+        own, dense_own = _by_group({"lr": lr, **options})
+        _check(own, dense_own, clip_norm)
+        self._flats = [*_flats(0, masked), *_flats(1, whole)]
+        groups: list[dict[str, Any]] = [{"params": self._of(0), "mask": mask.digest}]
+        if whole:
+            groups.append({"params": self._of(1), **dense_own})
+        try:
+            self._inner = self.optimizer_class(groups, **own)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.optimizer_class.__name__}: {error}.") from error
+        _require_elementwise(self.optimizer_class, own)
+        real = [masked, whole][: len(groups)]
+        super().__init__(
+            [
+                {**group, "params": [e.parameter for e in entries]}
+                for group, entries in zip(self._inner.param_groups, real, strict=True)
+            ],
+            self._inner.defaults,
+        )
+        self.clip_norm = clip_norm
+        self.state = self._inner.state
+        self._release()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the trained entries from the gradients of their tensors.
+
+        Args:
+            closure: recomputes the loss and its gradients first; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = self._moving()
+        for flat in moving:
+            flat.load()
+        if self.clip_norm is not None:
+            _clip(
+                [f.parameter.grad for f in moving if f.parameter.grad is not None], self.clip_norm
+            )
+        self._pass_on_settings()
+        try:
+            self._inner.step()
+            for flat in moving:
+                flat.store()
+        finally:
+            self._release()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, of the mask's size, and which entries it belongs to."""
+        self._pass_on_settings()
+        return {
+            **self._inner.state_dict(),
+            "optimizer": self.optimizer_class.__name__,
+            "entries": [[e.name for e in flat.entries] for flat in self._flats],
+            "master": [flat.parameter.detach() if flat.is_half else None for flat in self._flats],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of an optimizer of the same class and mask.
+
+        Raises:
+            UsageError: the state belongs to another optimizer or mask.
+        """
+        self._check_state(state_dict)
+        saved = copy.deepcopy(state_dict)
+        known = {e.name: (flat.group, e) for flat in self._flats for e in flat.entries}
+        self._flats = [
+            _Flat(known[names[0]][0], [known[name][1] for name in names], master)
+            for names, master in zip(saved["entries"], saved["master"], strict=True)
+        ]
+        self._regroup()
+        self._inner.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+        self._release()
+        self.state = self._inner.state
+        for group, loaded in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group.update({k: v for k, v in loaded.items() if k != "params"})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups: a mask fixes what is trained.
+
+        Raises:
+            UsageError: the optimizer is already built.
+        """
+        if hasattr(self, "clip_norm"):
+            raise UsageError(
+                f"A {type(self).__name__} takes no further parameters; name them in `dense` when "
+                "it is made."
+            )
+        super().add_param_group(param_group)
+
+    def _of(self, group: int) -> list[nn.Parameter]:
+        return [flat.parameter for flat in self._flats if flat.group == group]
+
+    def _regroup(self) -> None:
+        for i, group in enumerate(self._inner.param_groups):
+            group["params"] = self._of(i)
+
+    def _release(self) -> None:
+        for flat in self._flats:
+            flat.release()
+
+    def _pass_on_settings(self) -> None:
+        """What schedulers and users set on our groups holds for the optimizer inside."""
+        for ours, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update({k: v for k, v in ours.items() if k != "params"})
+
+    def _moving(self) -> list[_Flat]:
+        """The vectors whose tensors all have a gradient; the others are left out, as in torch.
+
+        Where only some tensors of a vector have one, it falls into two for good: their state and
+        their count of steps go separate ways. In ordinary training that happens once or never.
+        """
+        flats: list[_Flat] = []
+        for flat in self._flats:
+            has = [e.parameter.grad is not None for e in flat.entries]
+            flats += [flat] if all(has) or not any(has) else self._parted(flat, has)
+        self._flats = flats
+        self._regroup()
+        return [flat for flat in flats if flat.entries[0].parameter.grad is not None]
+
+    def _parted(self, flat: _Flat, has: list[bool]) -> list[_Flat]:
+        """Two vectors, with and without a gradient, each with its share of the state."""
+        state = self._inner.state.pop(flat.parameter, None)
         parts = []
-        for e in self.entries[run]:
-            grad = e.parameter.grad
-            if grad is None:
-                continue
-            parts.append(e.take_gradient(grad))
-        return torch.cat(parts).to(self.dtype)
+        for wanted in (True, False):
+            entries = [e for e, h in zip(flat.entries, has, strict=True) if h == wanted]
+            cut = functools.partial(_cut, counts=flat.counts, kept=[h == wanted for h in has])
+            part = _Flat(flat.group, entries, cut(flat.parameter.data) if flat.is_half else None)
+            if state is not None:
+                self._inner.state[part.parameter] = {name: cut(v) for name, v in state.items()}
+            parts.append(part)
+        return parts
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        cls, ours = self.optimizer_class.__name__, self.param_groups[0]["mask"]
+        if "entries" not in state_dict:
+            raise UsageError(
+                "This is not the state of a masked optimizer: it does not name its entries. Load "
+                f"what {type(self).__name__}.state_dict() gave."
+            )
+        theirs = state_dict["param_groups"][0].get("mask")
+        problems = []
+        if ours != theirs:
+            problems.append(
+                f"This optimizer state belongs to another mask ({_short(theirs)}); the optimizer "
+                f"trains {_short(ours)}. Load the state of the same mask."
+            )
+        if state_dict["optimizer"] != cls:
+            problems.append(f"This is the state of a {state_dict['optimizer']}, not of a {cls}.")
+        saved = {name for names in state_dict["entries"] for name in names}
+        if saved != {e.name for flat in self._flats for e in flat.entries} and not problems:
+            problems.append(
+                "This optimizer state belongs to other dense tensors; name the same in `dense`."
+            )
+        if problems:
+            raise UsageError(problems)
 
 
-@dataclass(frozen=True, eq=False)
-class _Update:
-    """One run of entries about to move."""
-
-    flat: _Flat
-    run: slice
-    gradient: Tensor
-
-
-class MaskedAdamW(Optimizer):
+class MaskedAdamW(MaskedOptimizer):
     """AdamW on the selected entries of a model, and on a few dense tensors; nothing else moves.
 
     With g the gradient of the k trained entries alone,
@@ -102,32 +278,9 @@ class MaskedAdamW(Optimizer):
         m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
         θ ← θ − η · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
 
-    exactly as `torch.optim.AdamW` computes it. The state is one pair m, v: [k] for the mask and one
-    for the dense tensors, in float32 (float64 for float64 weights). Weights in half precision get
-    float32 master values of the same length, so that small updates add up instead of being rounded
-    away; a weight that was changed from outside is taken over as it is.
-
-    The first parameter group holds the mask's tensors, the second, if any, the dense ones, so
-    learning rate schedulers and `zero_grad` work as ever. The model is not changed; see
-    `trainable_only` for what saves the gradients that nobody reads.
-
-    Args:
-        model: whose parameters are trained.
-        mask: the entries to train.
-        lr: learning rate η.
-        betas: β₁ and β₂.
-        eps: ε.
-        weight_decay: λ, applied to the trained entries only.
-        dense: names of the parameters trained fully, outside the mask (the head).
-        dense_lr: learning rate of the dense tensors; `lr` by default.
-        dense_weight_decay: weight decay of the dense tensors; `weight_decay` by default.
-        clip_norm: largest norm of the gradient of everything trained. Frozen entries do not
-            count: in the norm of the whole gradient a sparse update would all but vanish.
-
-    Raises:
-        ModelError: the mask is of another model.
-        UsageError: a setting out of range, an unknown dense name, or a tensor that is dense and
-            masked.
+    It is `masked(torch.optim.AdamW)`: `torch.optim.AdamW` does the arithmetic and takes its own
+    options (`betas`, `eps`, `weight_decay`, `amsgrad`, `fused`, …). The state is m, v: [k] in
+    float32.
 
     Example:
         >>> from ird_search.parameters import ParameterSpace
@@ -141,169 +294,76 @@ class MaskedAdamW(Optimizer):
         tensor([[False,  True]])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mask: SparseMask,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        dense: Iterable[str] = (),
-        dense_lr: float | None = None,
-        dense_weight_decay: float | None = None,
-        clip_norm: float | None = None,
-    ) -> None:
-        masked, whole = trained_entries(model, mask, dense)
-        dense_lr = lr if dense_lr is None else dense_lr
-        dense_weight_decay = weight_decay if dense_weight_decay is None else dense_weight_decay
-        _check(
-            {"lr": lr, "dense_lr": dense_lr, "eps": eps},
-            {"weight_decay": weight_decay, "dense_weight_decay": dense_weight_decay},
-            betas,
-            clip_norm,
+    optimizer_class = torch.optim.AdamW
+
+
+@functools.cache
+def masked(optimizer_class: type[Optimizer]) -> type[MaskedOptimizer]:
+    """An optimizer class that trains the selected entries of a model, with state of their size.
+
+    The class that comes back is made as `cls(model, mask, lr=…, dense=(), clip_norm=None, …)`:
+
+    * `model`, `mask`: whose parameters are trained, and which entries of them;
+    * `dense`: names of the parameters trained fully, outside the mask (the head);
+    * `clip_norm`: largest norm of the gradient of everything trained. Frozen entries do not count:
+      in the norm of the whole gradient a sparse update would all but vanish;
+    * all else goes to the optimizer; an option `dense_lr`, `dense_weight_decay`, … is the dense
+      tensors' own.
+
+    Weights in half precision get float32 master values of the mask's length, so that small updates
+    add up instead of being rounded away; a weight that was changed from outside is taken over as
+    it is. The first parameter group holds the mask's tensors, the second, if any, the dense ones,
+    so learning rate schedulers, `zero_grad` and gradient scalers work as ever. The model is not
+    changed; see `trainable_only` for what saves the gradients that nobody reads.
+
+    Args:
+        optimizer_class: a torch optimizer that treats each entry by itself. That is checked when
+            one is made: L-BFGS, Muon, Adafactor and LARS, which mix the entries of a tensor, are
+            refused.
+
+    Raises:
+        UsageError: not an optimizer class; on making one: a setting out of range, an unknown dense
+            name, a tensor that is dense and masked, or an optimizer that mixes entries.
+        ModelError: on making one: the mask is of another model.
+
+    Example:
+        >>> from ird_search.parameters import ParameterSpace
+        >>> model = nn.Linear(2, 1)
+        >>> mask = SparseMask(ParameterSpace.of(model), torch.tensor([1]))
+        >>> optimizer = masked(torch.optim.SGD)(model, mask, lr=0.1, momentum=0.9)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> [state["momentum_buffer"] for state in optimizer.state.values()]
+        [tensor([3.])]
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise UsageError(
+            f"{optimizer_class!r} is not an optimizer class; pass one, as torch.optim.SGD."
         )
-        groups: list[dict[str, Any]] = [
-            {"params": [e.parameter for e in masked], "mask": mask.digest}
-        ]
-        if whole:
-            groups.append(
-                {
-                    "params": [e.parameter for e in whole],
-                    "lr": dense_lr,
-                    "weight_decay": dense_weight_decay,
-                }
-            )
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.clip_norm = clip_norm
-        self._flats = (*_flats("masked", 0, masked), *_flats("dense", 1, whole))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the trained entries once, from the gradients that backward left.
-
-        Args:
-            closure: recomputes the loss and its gradients first; its value is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        updates = [
-            _Update(flat, run, flat.gradients(run))
-            for flat in self._flats
-            for run in flat.runs(self._state_of(flat)["step"])
-        ]
-        if self.clip_norm is not None:
-            _clip([u.gradient for u in updates], self.clip_norm)
-        for update in updates:
-            self._apply(update)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of an optimizer with the same mask.
-
-        Raises:
-            UsageError: the state belongs to another mask.
-        """
-        ours, theirs = self.param_groups[0]["mask"], state_dict["param_groups"][0].get("mask")
-        if ours != theirs:
-            raise UsageError(
-                f"This optimizer state belongs to another mask ({_short(theirs)}); the optimizer "
-                f"trains {_short(ours)}. Load the state of the same mask."
-            )
-        super().load_state_dict(state_dict)
-        for flat in self._flats:
-            if saved := self._states.get(flat.key):
-                # torch keeps it as it came: shared with the saver, and on the saver's device
-                device = flat.entries[0].parameter.device
-                self._states[flat.key] = {
-                    name: list(value) if isinstance(value, list) else value.to(device, copy=True)
-                    for name, value in saved.items()
-                }
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups: a mask fixes what is trained.
-
-        Raises:
-            UsageError: the optimizer is already built.
-        """
-        if hasattr(self, "_flats"):
-            raise UsageError(
-                "A MaskedAdamW takes no further parameters; name them in `dense` when it is made."
-            )
-        super().add_param_group(param_group)
-
-    @property
-    def _states(self) -> dict[str, dict[str, Any]]:
-        """torch's `state`, which is kept by flat vector here, not by tensor."""
-        return cast("dict[str, dict[str, Any]]", self.state)
-
-    def _state_of(self, flat: _Flat) -> dict[str, Any]:
-        """m, v, the step count of each tensor, and master values where weights are half."""
-        if flat.key not in self._states:
-            k, device = flat.offsets[-1], flat.entries[0].parameter.device
-            state: dict[str, Any] = {
-                "step": [0] * len(flat.entries),
-                "exp_avg": torch.zeros(k, dtype=flat.dtype, device=device),
-                "exp_avg_sq": torch.zeros(k, dtype=flat.dtype, device=device),
-            }
-            if flat.is_half:
-                state["master"] = flat.values(slice(0, len(flat.entries)))
-            self._states[flat.key] = state
-        return self._states[flat.key]
-
-    def _apply(self, update: _Update) -> None:
-        flat, run, part = update.flat, update.run, update.flat.part(update.run)
-        state, group = self._state_of(flat), self.param_groups[flat.group]
-        m, v = state["exp_avg"][part], state["exp_avg_sq"][part]
-        step = state["step"][run.start] + 1
-        values = _current(flat, run, state)
-        _adamw(values, update.gradient, m, v, step, group)
-        state["step"][run] = [step] * (run.stop - run.start)
-        if flat.is_half:
-            state["master"][part] = values
-        entries = flat.entries[run]
-        for e, new in zip(entries, torch.split(values, [e.count for e in entries]), strict=True):
-            e.put(e.parameter.detach(), new)
+    if issubclass(optimizer_class, MaskedOptimizer):
+        return optimizer_class
+    if optimizer_class is torch.optim.AdamW:
+        return MaskedAdamW
+    name = f"Masked{optimizer_class.__name__}"
+    made = type(name, (MaskedOptimizer,), {"optimizer_class": optimizer_class})
+    made.__doc__ = f"{optimizer_class.__name__} on the selected entries of a model; see `masked`."
+    return made
 
 
-def _flats(role: str, group: int, entries: tuple[Entries, ...]) -> list[_Flat]:
-    """One `_Flat` for each dtype and device, which is nearly always one."""
+def _flats(group: int, entries: tuple[Entries, ...]) -> list[_Flat]:
+    """One vector for each dtype and device, which is nearly always one."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Entries]] = {}
     for e in entries:
         kinds.setdefault((e.parameter.dtype, e.parameter.device), []).append(e)
-    return [
-        _Flat(f"{role}.{i}" if i else role, group, tuple(kind))
-        for i, kind in enumerate(kinds.values())
-    ]
+    return [_Flat(group, kind) for kind in kinds.values()]
 
 
-def _current(flat: _Flat, run: slice, state: dict[str, Any]) -> Tensor:
-    """The weights to update, in the dtype of the state: [k′].
-
-    A master value stands for its weight as long as it rounds to it; otherwise someone has written
-    the weight (a restored snapshot, a loaded checkpoint), and the weight counts.
-    """
-    values = flat.values(run)
-    if not flat.is_half:
-        return values
-    master = state["master"][flat.part(run)]
-    rounded = master.to(flat.entries[0].parameter.dtype).to(flat.dtype)
-    return torch.where(rounded == values, master, values)
-
-
-def _adamw(
-    values: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any]
-) -> None:
-    """One AdamW step in place, the operations in torch's order so that the bits agree: all [k]."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    values.mul_(1 - lr * group["weight_decay"])
-    m.lerp_(grad, 1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    values.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+def _cut(value: Any, *, counts: list[int], kept: list[bool]) -> Any:
+    """The share of some tensors in a vector [k]; anything else (a step count) as a copy."""
+    if not isinstance(value, Tensor) or value.ndim != 1 or value.numel() != sum(counts):
+        return copy.deepcopy(value)
+    parts = zip(value.split(counts), kept, strict=True)
+    return torch.cat([part for part, keep in parts if keep])
 
 
 def _clip(gradients: list[Tensor], clip_norm: float) -> None:
@@ -317,25 +377,65 @@ def _clip(gradients: list[Tensor], clip_norm: float) -> None:
         gradient.mul_(factor.to(gradient))
 
 
-def _check(
-    at_least_zero: dict[str, float],
-    decays: dict[str, float],
-    betas: tuple[float, float],
-    clip_norm: float | None,
-) -> None:
+def _by_group(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the mask's group, and what differs from them in the dense one."""
+    dense = {k: v for k, v in options.items() if k.startswith("dense_")}
+    own = {k: v for k, v in options.items() if k not in dense}
+    return own, {k.removeprefix("dense_"): v for k, v in dense.items() if v is not None}
+
+
+def _check(own: Mapping[str, Any], dense: Mapping[str, Any], clip_norm: float | None) -> None:
+    """All that torch would find, and what it lets pass (a NaN), at once."""
+    named = [*own.items(), *((f"dense_{key}", value) for key, value in dense.items())]
     problems = [
-        f"{name} is {value}; it must be at least 0."
-        for name, value in {**at_least_zero, **decays}.items()
-        if not value >= 0
+        f"{key} is {value}; it must be at least 0."
+        for key, value in named
+        if key.removeprefix("dense_") in ("lr", "eps", "weight_decay", "momentum")
+        and not float(value) >= 0
     ]
     problems += [
-        f"betas are {betas}; each must be at least 0 and below 1."
-        for _ in range(not all(0 <= beta < 1 for beta in betas))
+        f"{key} are {value}; each must be at least 0 and below 1."
+        for key, value in named
+        if key.removeprefix("dense_") == "betas" and not all(0 <= beta < 1 for beta in value)
     ]
     if clip_norm is not None and not clip_norm > 0:
         problems.append(f"clip_norm is {clip_norm}; it must be above 0, or None for no clipping.")
     if problems:
         raise UsageError(problems)
+
+
+def _require_elementwise(optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
+    """Two steps on one vector must be two steps on its halves.
+
+    Raises:
+        UsageError: they are not, or the optimizer cannot step on a vector without a closure.
+    """
+    settings = {k: v for k, v in options.items() if k != "capturable"} | {"lr": 0.1}
+    start, gradients = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([0.3, 5.0, -0.1, 40.0])
+
+    def after(size: int) -> Tensor:
+        parts = [nn.Parameter(part.clone()) for part in start.split(size)]
+        optimizer = optimizer_class(parts, **settings)
+        for scale in (1.0, -0.3):
+            for part, gradient in zip(parts, gradients.split(size), strict=True):
+                part.grad = scale * gradient
+            optimizer.step()
+        return torch.cat([part.detach() for part in parts])
+
+    name = optimizer_class.__name__
+    try:
+        alone = torch.allclose(after(4), after(2), rtol=1e-5)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} cannot step on a vector of single entries: {error}. Take an optimizer that "
+            "treats each entry by itself, as SGD, Adam or AdamW; or apply_mask, with any optimizer."
+        ) from error
+    if not alone:
+        raise UsageError(
+            f"{name} mixes the entries of a tensor, so on a few of them it would be another "
+            "optimizer. Take one that treats each entry by itself, as SGD, Adam or AdamW; or "
+            "apply_mask, with any optimizer."
+        )
 
 
 def _short(digest: str | None) -> str:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ird_search.entries import Entries, trained_entries
 from ird_search.errors import IRDError, UsageError, nearest
 from ird_search.mask import SparseMask
-from ird_search.optimizer import MaskedAdamW
+from ird_search.optimizer import MaskedOptimizer
 from ird_search.parameters import ParameterSpace
 from ird_search.task import Inputs, Task, logits_of
 
@@ -75,8 +75,8 @@ def finetune(
         steps: how many batches to take; by default `len(batches)`.
         schedule: after the warm-up, decay to 0 behind the last step, or stay.
         warmup: fraction of the steps over which the learning rate rises to its peak.
-        clip_norm: largest norm of the gradient of what the optimizer trains. A `MaskedAdamW` takes
-            it over as its own `clip_norm`, which leaves frozen entries out of the norm.
+        clip_norm: largest norm of the gradient of what the optimizer trains. A masked optimizer
+            takes it over as its own `clip_norm`, which leaves frozen entries out of the norm.
 
     Raises:
         Diverged: a loss, or a weight at the end, is not finite.
@@ -225,7 +225,7 @@ def _rate(schedule: str, total: int, warmup: float) -> Callable[[int], float]:
 def _clip(optimizer: Optimizer, clip_norm: float | None) -> None:
     if clip_norm is None:
         return
-    if isinstance(optimizer, MaskedAdamW):
+    if isinstance(optimizer, MaskedOptimizer):
         optimizer.clip_norm = clip_norm
         return
     owned = [p for group in optimizer.param_groups for p in group["params"]]

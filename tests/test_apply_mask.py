@@ -164,6 +164,23 @@ def test_after_an_exception_in_the_loop() -> None:
         pass
 
 
+def test_a_masked_optimizer_under_apply_mask_is_clipped_by_what_is_trained() -> None:
+    model, x, mask = make()
+    alone = copy.deepcopy(model)
+    own = MaskedAdamW(alone, mask, lr=0.1, clip_norm=1e-3)
+    with apply_mask(model, mask) as handle:
+        optimizer = MaskedAdamW(model, mask, lr=0.1)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            assert handle._saved == []  # no copy of the tensors is taken for it
+            optimizer.zero_grad()
+            step(alone, own, x)
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_after_an_exception_within_the_optimizers_step() -> None:
     class Broken(torch.optim.SGD):
         def step(self, closure=None):

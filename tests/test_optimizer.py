@@ -13,10 +13,29 @@ from transformers import BertConfig, BertForSequenceClassification
 from ird_search.errors import ModelError, UsageError
 from ird_search.freeze import verify
 from ird_search.mask import SparseMask
-from ird_search.optimizer import MaskedAdamW
+from ird_search.optimizer import MaskedAdamW, masked
 from ird_search.parameters import ParameterSpace
 
 DECAY = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+ELEMENTWISE = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, 1),
+    "sgd without momentum": (torch.optim.SGD, {}, 0),
+    "adam": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}, 3),
+    "adamw": (torch.optim.AdamW, {"maximize": True}, 2),
+    "adamw, fused": (torch.optim.AdamW, {"fused": True}, 2),
+    "adamw, foreach": (torch.optim.AdamW, {"foreach": True}, 2),
+    "nadam": (torch.optim.NAdam, {"weight_decay": 0.1}, 2),
+    "radam": (torch.optim.RAdam, {}, 2),
+    "adamax": (torch.optim.Adamax, {}, 2),
+    "adagrad": (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}, 1),
+    "adadelta": (torch.optim.Adadelta, {}, 2),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}, 3),
+    "asgd": (torch.optim.ASGD, {}, 1),
+    "rprop": (torch.optim.Rprop, {}, 2),
+}
+"""Torch's optimizers that treat each entry by itself, and how many floats an entry they keep."""
 
 
 class Tied(nn.Module):
@@ -125,6 +144,58 @@ def test_selected_entries_move_as_in_adamw_and_all_others_not_at_all(case: str) 
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_any_elementwise_optimizer_does_on_the_entries_what_it_does_on_all(name: str) -> None:
+    optimizer_class, options, floats = ELEMENTWISE[name]
+    model, x = make("tied")
+    mask, before = some(model), weights(model)
+    ours = masked(optimizer_class)(model, mask, lr=0.01, **options)
+    # The reference: each tensor's chosen entries as a parameter of their own.
+    chosen = mask.to_dict()
+    apart = {n: nn.Parameter(before[n][where].clone()) for n, where in chosen.items()}
+    theirs = optimizer_class(apart.values(), lr=0.01, **options)
+    for _ in range(4):
+        backward(model, x)
+        for n, where in chosen.items():
+            apart[n].grad = model.get_parameter(n).grad[where].clone()
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    assert verify(mask, before, weights(model)) == []
+    for n, where in chosen.items():
+        torch.testing.assert_close(model.get_parameter(n)[where], apart[n], rtol=0, atol=1e-7)
+        assert not torch.equal(apart[n], before[n][where])
+    kept = [v for state in ours.state.values() for v in state.values() if getattr(v, "ndim", 0)]
+    assert sum(v.numel() for v in kept) == floats * mask.count
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "message"),
+    [
+        (torch.optim.LBFGS, {}, "LBFGS cannot step on a vector of single entries"),
+        (torch.optim.Muon, {}, "Muon: Muon only supports 2D parameters"),
+        (torch.optim.Adafactor, {}, "Adafactor mixes the entries of a tensor"),
+        (torch.optim.SparseAdam, {}, "SparseAdam cannot step on a vector of single entries"),
+        (torch.optim.SGD, {"nesterov": True}, "SGD: Nesterov momentum requires a momentum"),
+        (torch.optim.SGD, {"momentun": 0.9}, "unexpected keyword argument 'momentun'"),
+    ],
+)
+def test_optimizers_that_cannot_be_masked(
+    optimizer_class: type, options: dict, message: str
+) -> None:
+    model, _ = make("mlp")
+    with pytest.raises(UsageError, match=message):
+        masked(optimizer_class)(model, some(model), lr=0.1, **options)
+
+
+def test_one_class_for_one_optimizer() -> None:
+    assert masked(torch.optim.AdamW) is MaskedAdamW is masked(MaskedAdamW)
+    assert masked(torch.optim.SGD) is masked(torch.optim.SGD)
+    assert masked(torch.optim.SGD).__name__ == "MaskedSGD"
+    with pytest.raises(UsageError, match="is not an optimizer class"):
+        masked("sgd")
+
+
 def test_it_follows_a_dense_adamw_on_masked_gradients() -> None:
     model, x = make("bert")
     mask, reference = some(model), copy.deepcopy(model)
@@ -136,7 +207,7 @@ def test_it_follows_a_dense_adamw_on_masked_gradients() -> None:
             p.grad = p.grad * chosen.get(name, False)
         dense.step()
         dense.zero_grad()
-    train(model, MaskedAdamW(model, mask, lr=0.01), x, steps=5)
+    train(model, MaskedAdamW(model, mask, lr=0.01, weight_decay=0.0), x, steps=5)
     for name, p in reference.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), p, rtol=0, atol=1e-6)
 
@@ -216,12 +287,10 @@ def test_the_state_is_two_floats_an_entry() -> None:
     mask = some(model, 0.05)
     optimizer = MaskedAdamW(model, mask, lr=0.01)
     train(model, optimizer, x, steps=2)
-    size = sum(
-        v.nbytes if isinstance(v, Tensor) else 0
-        for s in optimizer.state.values()
-        for v in s.values()
-    )
-    assert size == 2 * 4 * mask.count
+    kept = [v for s in optimizer.state.values() for v in s.values() if v.ndim]
+    assert sum(v.nbytes for v in kept) == 2 * 4 * mask.count
+    # The vector that the optimizer steps on is gone between two steps, and so is its gradient.
+    assert all(p.numel() == 0 and p.grad is None for p in optimizer.state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,10 +318,10 @@ def test_a_loaded_state_is_a_copy() -> None:
     train(model, first, x, steps=1)
     second = MaskedAdamW(model, some(model), lr=0.01)
     second.load_state_dict(first.state_dict())
-    kept = first.state["masked"]["exp_avg"].clone()
+    (state,) = first.state.values()
+    kept = state["exp_avg"].clone()
     train(model, second, x, steps=1)
-    assert torch.equal(first.state["masked"]["exp_avg"], kept)
-    assert first.state["masked"]["step"][0] == 1
+    assert torch.equal(state["exp_avg"], kept) and state["step"] == 1
 
 
 def test_the_state_of_another_mask_is_refused() -> None:
@@ -276,6 +345,63 @@ def test_tensors_without_a_gradient_wait_as_in_torch() -> None:
             optimizer.zero_grad()
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_fell_apart_is_saved_and_loaded(dtype: torch.dtype) -> None:
+    model, x = make("mlp")
+    model, x = model.to(dtype), x.to(dtype)
+    optimizer = masked(torch.optim.AdamW)(model, some(model, 0.5), **DECAY)
+    for absent in ([], ["2.weight", "0.bias"], ["2.weight"], []):
+        backward(model, x)
+        for name in absent:
+            model.get_parameter(name).grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    steps = sorted(int(state["step"]) for state in optimizer.state.values())
+    assert steps == [2, 3, 4]
+    other = copy.deepcopy(model)
+    resumed = MaskedAdamW(other, some(model, 0.5), lr=1.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, x)
+    train(other, resumed, x)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    model, _ = make("mlp")
+    mask = some(model)
+    space = ParameterSpace.of(model, ["0.weight"])
+    small = SparseMask(space, torch.tensor([0]))
+    ours = masked(torch.optim.SGD)(model, mask, lr=0.1)
+    with pytest.raises(UsageError, match="not the state of a masked optimizer"):
+        ours.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    with pytest.raises(UsageError, match="the state of a AdamW, not of a SGD"):
+        ours.load_state_dict(MaskedAdamW(model, mask, lr=0.1).state_dict())
+    head = masked(torch.optim.SGD)(model, small, lr=0.1, dense=["2.weight"])
+    with pytest.raises(UsageError, match="other dense tensors"):
+        head.load_state_dict(masked(torch.optim.SGD)(model, small, lr=0.1).state_dict())
+
+
+def test_an_optimizer_that_raises_leaves_the_weights_alone() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["lr"] > 1:
+                raise RuntimeError("too fast")
+            return super().step(closure)
+
+    model, x = make("mlp")
+    before = weights(model)
+    optimizer = masked(Failing)(model, some(model), lr=0.1)
+    backward(model, x)
+    optimizer.param_groups[0]["lr"] = 2.0
+    with pytest.raises(RuntimeError, match="too fast"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_sparse_gradients_of_an_embedding() -> None:
@@ -309,9 +435,8 @@ def test_the_clip_norm_counts_only_what_is_trained() -> None:
     model = nn.Linear(4, 1)
     mask = SparseMask(ParameterSpace.of(model, ["weight"]), torch.tensor([0, 3]))
     before = weights(model)
-    optimizer = MaskedAdamW(
-        model, mask, lr=1.0, betas=(0.0, 0.0), eps=1.0, dense=["bias"], clip_norm=1.0
-    )
+    settings = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
+    optimizer = MaskedAdamW(model, mask, lr=1.0, dense=["bias"], clip_norm=1.0, **settings)
     model.weight.grad = torch.tensor([[2.0, 1e6, math.inf, 4.0]])
     model.bias.grad = torch.tensor([4.0])
     optimizer.step()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ird_search.freeze import apply_mask
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace, candidate_space
@@ -121,7 +122,7 @@ def test_accumulated_and_shared_gradients_add_up() -> None:
     with sparse_backward(both, mask):
         backward(), backward()
     optimizer.step()
-    ours = optimizer.state["masked"]["exp_avg"][: index.numel()] / 0.1
+    ours = next(iter(optimizer.state.values()))["exp_avg"][: index.numel()] / 0.1
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-6)
 
 
@@ -151,3 +152,27 @@ def test_half_precision_weights_get_half_precision_gradients() -> None:
         model(torch.ones(6, 30, dtype=torch.bfloat16)).float().square().sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None and p.grad.is_sparse]
     assert grads and all(g.dtype == torch.bfloat16 for g in grads)
+
+
+def test_under_apply_mask_the_sparse_gradients_stay_and_any_clipping_sees_them_alone() -> None:
+    model = mlp()
+    mask = few(model)
+    with apply_mask(model, mask) as handle:
+        mlp_loss(model).backward()
+        dense = nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
+        model.zero_grad()
+        with sparse_backward(model, mask):
+            mlp_loss(model).backward()
+        sparse = [p.grad for p in handle.parameters() if p.grad.is_sparse]
+        assert len(sparse) == 2 and sum(g._nnz() for g in sparse) == sum(
+            mask.indices[n].numel() for n in ("0.weight", "2.weight")
+        )
+        norm = torch.linalg.vector_norm(
+            torch.cat(
+                [
+                    g.coalesce().values().flatten() if g.is_sparse else g.flatten()
+                    for g in (p.grad for p in handle.parameters())
+                ]
+            )
+        )
+        torch.testing.assert_close(norm, dense)
