@@ -62,6 +62,7 @@ class Entries:
         """The entries of a gradient, which may be sparse: [k]."""
         if not grad.is_sparse:
             return self.take(grad)
+        grad = grad.coalesce()  # of several backward passes, or of a weight that is used twice
         return grad._values() if self._is_of_these(grad) else self.take(grad.to_dense())
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
