@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ird_search.api import FisherScores, SearchResult, fisher_scores, search_mask
-    from ird_search.artifact import inspect_mask, load_mask, save_mask
+    from ird_search.artifact import (
+        Delta,
+        inspect_delta,
+        inspect_mask,
+        load_delta,
+        load_mask,
+        save_delta,
+        save_mask,
+    )
     from ird_search.config import SearchConfig
+    from ird_search.delta import export_delta
     from ird_search.freeze import apply_mask, verify
     from ird_search.mask import SparseMask
+    from ird_search.merge import merge_delta
     from ird_search.optimizer import MaskedAdamW, masked
     from ird_search.parameters import ParameterSpace
     from ird_search.training import finetune
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Delta": "artifact",
     "FisherScores": "api",
     "MaskedAdamW": "optimizer",
     "ParameterSpace": "parameters",
@@ -34,17 +45,23 @@ _HOMES = {
     "SearchResult": "api",
     "SparseMask": "mask",
     "apply_mask": "freeze",
+    "export_delta": "delta",
     "finetune": "training",
     "fisher_scores": "api",
+    "inspect_delta": "artifact",
     "inspect_mask": "artifact",
+    "load_delta": "artifact",
     "load_mask": "artifact",
     "masked": "optimizer",
+    "merge_delta": "merge",
+    "save_delta": "artifact",
     "save_mask": "artifact",
     "search_mask": "api",
     "verify": "freeze",
 }
 
 __all__ = [
+    "Delta",
     "FisherScores",
     "MaskedAdamW",
     "ParameterSpace",
@@ -52,11 +69,16 @@ __all__ = [
     "SearchResult",
     "SparseMask",
     "apply_mask",
+    "export_delta",
     "finetune",
     "fisher_scores",
+    "inspect_delta",
     "inspect_mask",
+    "load_delta",
     "load_mask",
     "masked",
+    "merge_delta",
+    "save_delta",
     "save_mask",
     "search_mask",
     "verify",

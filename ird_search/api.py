@@ -15,6 +15,7 @@ from ird_search.config import DataConfig, SearchConfig, split_settings
 from ird_search.devices import resolve_device
 from ird_search.errors import ModelError
 from ird_search.mask import SparseMask
+from ird_search.mismatch import mismatch
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.problem import make_problem, open_samples
 from ird_search.progress import Progress
@@ -146,8 +147,8 @@ def fisher_scores(
         loaded, task, samples, _ = open_samples(
             model, data, options=options, config=config, processor=processor, revision=revision
         )
-        if mask is not None and (wrong := mask.space.differences(loaded.model)):
-            raise ModelError(f"The mask is of another model: {d}" for d in wrong[:10])
+        if mask is not None and (text := mismatch(mask.space, loaded.model)):
+            raise ModelError(text)
         space = mask.space if mask else _space(loaded.model, config)
         device = resolve_device(config.device)
         with _as_it_came(loaded.model), borrowed(loaded.model.to(device)) as there:

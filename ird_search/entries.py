@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from ird_search.errors import ModelError, UsageError, nearest
 from ird_search.mask import SparseMask
-
-SHOWN = 10
-"""How many differences between a mask and a model an error lists."""
+from ird_search.mismatch import mismatch
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -118,19 +116,12 @@ def trained_entries(
         allow_none: whether nothing at all may be trained (a model without a head has no baseline).
 
     Raises:
-        ModelError: the mask is of another model, or selects entries that are not real numbers.
+        ModelError: the mask is of another model, or selects entries that are not real numbers or
+            lie in sharded tensors.
         UsageError: a dense name is unknown or also holds selected entries, or nothing is trained.
     """
-    if differences := mask.space.differences(model):
-        more = len(differences) - SHOWN
-        raise ModelError(
-            [
-                f"This mask belongs to another model: {len(differences)} of "
-                f"{len(mask.space.names)} tensors differ.",
-                *differences[:SHOWN],
-                *([f"{more} more tensors differ."] if more > 0 else []),
-            ]
-        )
+    if text := mismatch(mask.space, model):
+        raise ModelError(text)
     parameters = dict(model.named_parameters())
     whole = _checked_dense(parameters, mask, dense)
     if not whole and not mask.count and not allow_none:
@@ -139,6 +130,12 @@ def trained_entries(
         raise ModelError(
             f"{name!r} holds {parameters[name].dtype}; only real floats can be trained."
             for name in unreal
+        )
+    if sharded := [n for n in (*mask.indices, *whole) if hasattr(parameters[n], "device_mesh")]:
+        raise ModelError(
+            f"{len(sharded)} tensors with trained entries are sharded over processes (DTensor), as "
+            f"{sharded[0]!r}; a mask needs them whole. Train in one process, or in several that "
+            "each hold the whole model (DDP)."
         )
     masked = tuple(
         # A tensor selected in full needs no index: it is read and written as a whole.

@@ -28,7 +28,8 @@ class IRDError(Exception):
     def _text(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return "\n".join([f"{len(self.problems)} problems:", *(f"  - {p}" for p in self.problems)])
+        lines = (p.replace("\n", "\n    ") for p in self.problems)
+        return "\n".join([f"{len(self.problems)} problems:", *(f"  - {line}" for line in lines)])
 
 
 class UsageError(IRDError, ValueError):
@@ -50,7 +51,7 @@ class ModelError(IRDError, ValueError):
 
 
 class ArtifactError(IRDError, ValueError):
-    """A mask file is damaged, hostile, or belongs to another model."""
+    """A mask or delta file is damaged, hostile, or belongs to another model."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""`write_atomically`: a file is either the former one or the new one, whole."""
+"""`write_atomically`, `written_directory`: what is written is there whole, or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ird_search.errors import ResourceError, UsageError
@@ -44,6 +46,43 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise _explained(path, data, error) from error
         raise
+
+
+@contextlib.contextmanager
+def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new directory that takes its name only once the block has ended without an error.
+
+    Raises:
+        UsageError: there is something at `path` already, or the place cannot be written.
+        ResourceError: the disk is full. Nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "adapter"
+        >>> with written_directory(path) as place:
+        ...     _ = (place / "config.json").write_text("{}")
+        ...     path.exists()
+        False
+        >>> [file.name for file in path.iterdir()]
+        ['config.json']
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        if path.exists():
+            raise UsageError(f"{path} is there already. Choose another place, or remove it first.")
+        os.rename(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _explained(path, b"", error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_and_check(path: Path, data: bytes) -> None:

@@ -28,9 +28,6 @@ from ird_search.optimizer import MaskedOptimizer
 _applied: weakref.WeakKeyDictionary[nn.Module, MaskHandle] = weakref.WeakKeyDictionary()
 """Every module under a mask. It also keeps a handle that the caller drops alive with its model."""
 
-_NONE = torch.empty(0, dtype=torch.int64)
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @contextmanager
 def trainable_only(
@@ -102,7 +99,7 @@ def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ())
             "This model is under a mask already. Remove the first one (`handle.remove()`, or leave "
             "its `with` block), or apply the union of both masks."
         )
-    handle = MaskHandle(model, *trained_entries(model, mask, dense))
+    handle = MaskHandle(model, mask, *trained_entries(model, mask, dense))
     for module in model.modules():
         _applied[module] = handle
     return handle
@@ -115,8 +112,13 @@ class MaskHandle:
     """
 
     def __init__(
-        self, model: nn.Module, masked: tuple[Entries, ...], dense: tuple[Entries, ...]
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        masked: tuple[Entries, ...],
+        dense: tuple[Entries, ...],
     ) -> None:
+        self.mask = mask
         self._trained = (*masked, *dense)
         self._partial = tuple(e for e in masked if e.index is not None)
         self._saved: list[tuple[Entries, Tensor]] = []
@@ -166,16 +168,19 @@ class MaskHandle:
         state = "in force" if self._unhook.alive else "removed"
         return f"MaskHandle({self.count:,} parameters in {len(self._trained)} tensors, {state})"
 
+    def _touched_by(self, optimizer: Optimizer) -> list[Entries]:
+        """What an optimizer owns; nothing of a stranger, or of one inside a masked optimizer."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [e for e in self._partial if id(e.parameter) in owned]
+
     @torch.no_grad()
     def _save(self, optimizer: Optimizer) -> None:
         """Before a step: copy the tensors that the optimizer is about to write."""
-        self._put_back()  # if the last step raised, its half-finished work is still there
-        if isinstance(optimizer, MaskedOptimizer):
+        if not (touched := self._touched_by(optimizer)):
             return
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._saved = [
-            (e, e.parameter.detach().clone()) for e in self._partial if id(e.parameter) in owned
-        ]
+        self._put_back()  # if the last step raised, its half-finished work is still there
+        if not (isinstance(optimizer, MaskedOptimizer) and optimizer.mask == self.mask.digest):
+            self._saved = [(e, e.parameter.detach().clone()) for e in touched]
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -216,28 +221,7 @@ def verify(
         >>> verify(mask, {"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 5.0, 0.1, 0.0])})
         ['w: 1 of 3 frozen entries moved.']
     """
-    free = {dense} if isinstance(dense, str) else set(dense)
-    names = [n for n in dict.fromkeys((*mask.space.names, *before, *after)) if n not in free]
-    return [sentence for name in names if (sentence := _violation(name, mask, before, after))]
-
-
-def _violation(
-    name: str, mask: SparseMask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> str:
-    """What is wrong with one tensor, in a sentence; empty when its frozen entries are as before."""
-    old, new = before.get(name), after.get(name)
-    if old is None or new is None:
-        return f"{name}: missing {'before' if old is None else 'after'} training."
-    if old.shape != new.shape or old.dtype != new.dtype:
-        return f"{name}: was {_kind(old)}, is {_kind(new)}."
-    if name in mask.space and old.shape != mask.space.shape(name):
-        return f"{name}: is {_kind(old)}, but {list(mask.space.shape(name))} in the mask."
-    moved, selected = _moved(old, new), mask.indices.get(name, _NONE)
-    moved[selected] = False
-    count, frozen = int(moved.sum()), moved.numel() - selected.numel()
-    if not count or (name not in mask.indices and _is_tied(name, mask, before, after)):
-        return ""
-    return f"{name}: {count:,} of {frozen:,} frozen entries moved."
+    return mask.verify(before, after, dense=dense)
 
 
 def _watch_steps(handle: MaskHandle) -> list[Any]:
@@ -249,7 +233,7 @@ def _watch_steps(handle: MaskHandle) -> list[Any]:
             alive._save(optimizer)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (alive := reference()) is not None:
+        if (alive := reference()) is not None and alive._touched_by(optimizer):
             alive._put_back()
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
@@ -272,27 +256,3 @@ def _require_only(model: nn.Module, trained: list[nn.Parameter]) -> list[tuple[n
 def _require_again(before: list[tuple[nn.Parameter, bool]]) -> None:
     for p, required in before:
         p.requires_grad_(required)
-
-
-def _moved(old: Tensor, new: Tensor) -> Tensor:
-    """Which entries changed a bit (so 0 and −0 differ, and NaN equals itself): bool [numel]."""
-    integer = _INTEGER.get(old.element_size())
-    a, b = (t.detach().cpu().reshape(-1) for t in (old, new))
-    return a != b if integer is None else a.view(integer) != b.view(integer)
-
-
-def _is_tied(
-    name: str, mask: SparseMask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> bool:
-    """Whether a state dict's `name` is another name of a masked tensor."""
-    return any(
-        before[other].shape == before[name].shape
-        and torch.equal(before[other], before[name])
-        and torch.equal(after[other], after[name])
-        for other in mask.indices
-        if other in before and other in after
-    )
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"

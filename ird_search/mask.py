@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
+from ird_search.changes import frozen_changes
 from ird_search.errors import UsageError
+from ird_search.mismatch import listed
+from ird_search.overlap import Counts, Overlap
 from ird_search.parameters import ParameterSpace
+from ird_search.spaces import common_space, shape_conflicts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseMask:
     """A set of coordinates in a `ParameterSpace`: the parameters that may be trained.
+
+    Masks combine as sets do: `a & b`, `a | b`, `a - b`, `a ^ b`. Where they chose from different
+    tensors of one model, the outcome lies in the space of all these tensors, sorted by name (see
+    `common_space`). `union`, `intersection` and `disjoint` in `algebra` take many masks.
 
     Args:
         space: the coordinate system.
@@ -101,32 +111,100 @@ class SparseMask:
         h.update(self.coords.numpy().tobytes())
         return h.hexdigest()
 
+    def lifted(self, space: ParameterSpace) -> SparseMask:
+        """The same entries in the coordinates of another space.
+
+        Args:
+            space: it must hold every tensor with a selected entry, and may hold others.
+
+        Raises:
+            UsageError: such a tensor is missing, or a tensor of both spaces has two shapes.
+
+        Example:
+            >>> mask = SparseMask(ParameterSpace(("b",), ((2,),)), torch.tensor([1]))
+            >>> mask.lifted(ParameterSpace(("w", "b"), ((2, 3), (2,)))).coords
+            tensor([7])
+        """
+        if space == self.space:
+            return self
+        lines = [f"{name} is missing." for name in self.indices if name not in space]
+        if lines := [*shape_conflicts([self.space, space]), *lines]:
+            raise UsageError(listed("The mask does not fit the other space.", lines))
+        coords = [index + space.span(name).start for name, index in self.indices.items()]
+        return SparseMask(space, torch.cat(coords).sort().values if coords else self.coords)
+
     def __and__(self, other: SparseMask) -> SparseMask:
         """The parameters in both masks."""
-        both = self._joined(other)
-        return SparseMask(self.space, both[0][both[1] == 2])
+        return in_at_least(2, [self, other])
 
     def __or__(self, other: SparseMask) -> SparseMask:
         """The parameters in either mask."""
-        return SparseMask(self.space, self._joined(other)[0])
+        return in_at_least(1, [self, other])
 
     def __sub__(self, other: SparseMask) -> SparseMask:
         """The parameters of this mask that the other lacks."""
-        common = (self & other).coords
-        return SparseMask(self.space, self.coords[~torch.isin(self.coords, common)])
+        mine, its = in_common_space([self, other])
+        return SparseMask(mine.space, mine.coords[~torch.isin(mine.coords, its.coords)])
+
+    def __xor__(self, other: SparseMask) -> SparseMask:
+        """The parameters in one mask and not in both."""
+        return (self | other) - (self & other)
 
     def jaccard(self, other: SparseMask) -> float:
         """|A ∩ B| / |A ∪ B|; 1 for two empty masks."""
-        union = (self | other).count
-        return (self & other).count / union if union else 1.0
+        return self.overlap(other).total.jaccard
 
-    def _joined(self, other: SparseMask) -> tuple[Tensor, Tensor]:
-        if self.space != other.space:
-            raise UsageError(
-                f"Masks of different models cannot be combined: {self.space} and {other.space}."
-            )
-        values, counts = torch.cat([self.coords, other.coords]).unique(return_counts=True)
-        return values, counts
+    def overlap(self, other: SparseMask) -> Overlap:
+        """What this mask (A) and another (B) share, by tensor, beside what chance would give.
+
+        Example:
+            >>> space = ParameterSpace(("w", "b"), ((2, 3), (2,)))
+            >>> a, b = (SparseMask(space, torch.tensor(c)) for c in ([0, 1, 6], [1, 2, 6]))
+            >>> a.overlap(b).tensors["w"]
+            Counts(entries=6, shared=1, only_a=1, only_b=1)
+        """
+        a, b = in_common_space([self, other])
+        in_a, in_b, in_both = (_counts(m) for m in (a, b, a & b))
+        return Overlap(
+            {
+                name: Counts(
+                    entries=prod(shape),
+                    shared=in_both[name],
+                    only_a=in_a[name] - in_both[name],
+                    only_b=in_b[name] - in_both[name],
+                )
+                for name, shape in zip(a.space.names, a.space.shapes, strict=True)
+            }
+        )
+
+    def verify(
+        self,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        *,
+        dense: Iterable[str] = (),
+    ) -> list[str]:
+        """The tensors in which anything but a trained entry changed a bit; empty if the mask held.
+
+        Give it `dict(model.named_parameters())` or, to watch buffers too, `model.state_dict()`; the
+        tensors of `before` must be copies. Names that hold the same values as a masked tensor both
+        before and after are tied to it and may move with it.
+
+        Args:
+            before: tensors by name before training.
+            after: tensors by name after training.
+            dense: names of tensors that may have moved altogether.
+
+        Returns:
+            One sentence a tensor: how many frozen entries moved, or that the tensor is missing.
+
+        Example:
+            >>> mask = SparseMask(ParameterSpace(("w",), ((4,),)), torch.tensor([1]))
+            >>> mask.verify({"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 5.0, 0.1, 0.0])})
+            ['w: 1 of 3 frozen entries moved.']
+        """
+        free = {dense} if isinstance(dense, str) else set(dense)
+        return frozen_changes(self.space, self.indices, before, after, free)
 
     def __len__(self) -> int:
         return self.count
@@ -148,3 +226,34 @@ class SparseMask:
             f"SparseMask({self.count:,} of {self.space.numel:,} parameters, "
             f"density {self.density:.4%}{held})"
         )
+
+
+def in_at_least(least: int, masks: Iterable[SparseMask]) -> SparseMask:
+    """The parameters that at least so many of the masks select.
+
+    With 1 it is their union, with the number of masks their intersection, between these a vote.
+
+    Raises:
+        UsageError: no mask is given, or the masks are of different models.
+
+    Example:
+        >>> space = ParameterSpace(("w",), ((6,),))
+        >>> masks = [SparseMask(space, torch.tensor(c)) for c in ([0, 1], [1, 2], [1, 2, 5])]
+        >>> in_at_least(2, masks).coords
+        tensor([1, 2])
+    """
+    masks = in_common_space(masks)
+    coords, votes = torch.cat([mask.coords for mask in masks]).unique(return_counts=True)
+    return SparseMask(masks[0].space, coords[votes >= least])
+
+
+def in_common_space(masks: Iterable[SparseMask]) -> list[SparseMask]:
+    """The same masks, all of them in their `common_space`."""
+    masks = list(masks)
+    space = common_space([mask.space for mask in masks])
+    return [mask.lifted(space) for mask in masks]
+
+
+def _counts(mask: SparseMask) -> Counter[str]:
+    """How many entries of each tensor are selected."""
+    return Counter({name: index.numel() for name, index in mask.indices.items()})

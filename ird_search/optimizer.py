@@ -131,6 +131,11 @@ class MaskedOptimizer(Optimizer):
         self.state = self._inner.state
         self._release()
 
+    @property
+    def mask(self) -> str:
+        """The digest of the mask it trains."""
+        return str(self.param_groups[0]["mask"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the trained entries from the gradients of their tensors.
@@ -245,7 +250,7 @@ class MaskedOptimizer(Optimizer):
         return parts
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
-        cls, ours = self.optimizer_class.__name__, self.param_groups[0]["mask"]
+        cls, ours = self.optimizer_class.__name__, self.mask
         if "entries" not in state_dict:
             raise UsageError(
                 "This is not the state of a masked optimizer: it does not name its entries. Load "

@@ -181,6 +181,24 @@ def test_a_masked_optimizer_under_apply_mask_is_clipped_by_what_is_trained() -> 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_sharded_tensors_are_refused() -> None:
+    model, _, mask = make()
+    model.conv.weight.device_mesh = object()  # as of a DTensor, which needs a process group
+    with pytest.raises(ModelError, match="1 tensors with trained entries are sharded over"):
+        apply_mask(model, mask)
+
+
+def test_a_masked_optimizer_of_another_mask_is_held_back_by_the_one_in_force() -> None:
+    model, x, mask = make()
+    before = weights(model)
+    other = SparseMask(mask.space, torch.arange(1, mask.space.numel, 2))
+    with apply_mask(model, mask):
+        optimizer = MaskedAdamW(model, other, lr=0.1, weight_decay=0.5)
+        step(model, optimizer, x)
+    assert verify(mask, before, weights(model)) == [] == verify(other, before, weights(model))
+    assert moved(before, model)
+
+
 def test_after_an_exception_within_the_optimizers_step() -> None:
     class Broken(torch.optim.SGD):
         def step(self, closure=None):

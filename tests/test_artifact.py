@@ -1,4 +1,4 @@
-"""The mask file: round trip, exact bytes, and refusal of everything that is not one."""
+"""Masks and deltas on disk: round trip, exact bytes, and what is written when something fails."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import re
 import resource
 import subprocess
 import sys
-import time
-import tracemalloc
-from collections.abc import Callable, Mapping
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -27,84 +23,77 @@ from torch import nn
 
 from ird_search.artifact import (
     ChosenRows,
+    Delta,
+    inspect_delta,
+    inspect_file,
     inspect_mask,
+    load_delta,
     load_mask,
+    save_delta,
     save_mask,
     weights_sha256,
 )
-from ird_search.artifact.layout import Part, canonical, described, encode, header_of
+from ird_search.artifact.container import DTYPES, encode
+from ird_search.artifact.plans import (
+    DELTA,
+    MASK,
+    DeltaPlan,
+    MaskPlan,
+    stored_in_delta,
+    stored_in_mask,
+)
 from ird_search.errors import ArtifactError, ModelError, ResourceError, UsageError
 from ird_search.files import write_atomically
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
+from tests.artifacts import (
+    KINDS,
+    PROVENANCE,
+    ROWS,
+    SOME_DELTA,
+    SOME_MASK,
+    SPACE,
+    Kind,
+    same_delta,
+)
 
-GOLDEN = Path(__file__).parent / "data" / "mask-v1.safetensors"
-GOLDEN_SHA256 = "8b1e285a4479f6f6d0275a30cbc67d4c503910d156d88b19303fdfe883a42706"
+DATA = Path(__file__).parent / "data"
+GOLDEN = {
+    "mask-v1": "8b1e285a4479f6f6d0275a30cbc67d4c503910d156d88b19303fdfe883a42706",
+    "delta-v1": "4d6c75cfbcc531c304602dffab2158316a4825e35b79a8aa1db17bf73eadeb4a",
+}
 DOC = Path(__file__).parent.parent / "docs" / "artifact.md"
 WRITTEN_BY = {"tool": "ird_search", "tool_version": "1.0.0", "torch_version": "2.13.0"}
-
-SPACE = ParameterSpace(("a.idx", "b.bits", "c.full", "d.none"), ((4, 50), (3, 7), (2,), (5,)))
-COORDS = torch.tensor([0, 3, 199, 200, 205, 207, 219, 220, 221, 222])
-MASK = SparseMask(SPACE, COORDS)
-ROWS = ChosenRows(torch.tensor([9, 2, 5]), torch.tensor([0.5, 1.25, -0.0]))
-PROVENANCE: dict[str, Any] = {
-    "base_model": {"id": "tiny/model", "revision": "abc"},
-    "learning_rate": 0.001,
-    "score": {"metric": "accuracy", "value": 0.1 + 0.2, "interval": [0.25, 0.35]},
-    "note": "Bücher ∂θ",
-    "controls": [],
-}
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A file with a part of every kind, samples and provenance."""
+    """A mask file with a part of every kind, samples and provenance."""
     path = tmp_path / "mask.safetensors"
-    save_mask(path, MASK, samples=ROWS, provenance=PROVENANCE)
+    save_mask(path, SOME_MASK, samples=ROWS, provenance=PROVENANCE)
     return path
 
 
-def packed(header: Any, payload: bytes = b"") -> bytes:
-    """A safetensors file with any header at all."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(raw).to_bytes(8, "little") + raw + payload
+@pytest.fixture
+def delta_file(tmp_path: Path) -> Path:
+    """A delta file with a part of every kind, and tensors of several dtypes."""
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, SOME_DELTA)
+    return path
 
 
-def taken_apart(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Header entries, `ird_mask` object, payload."""
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    return header, json.loads(header["__metadata__"]["ird_mask"]), data[end:]
-
-
-def forged(entries: Mapping[str, Any], metadata: Mapping[str, Any], payload: bytes) -> bytes:
-    """A file whose hashes are all right, as an attacker would write it."""
-    text = canonical({**metadata, "payload_sha256": hashlib.sha256(payload).hexdigest()})
-    table = {key: entry for key, entry in entries.items() if key != "__metadata__"}
-    return header_of(table, text) + payload
-
-
-def refused(path: Path, data: bytes, *says: str) -> str:
-    path.write_bytes(data)
-    return refusal(path, *says)
-
-
-def refusal(path: Path, *says: str) -> str:
-    with pytest.raises(ArtifactError) as caught:
-        load_mask(path)
-    text = str(caught.value)
-    assert str(path) in text
-    for words in says:
-        assert words in text
-    return text
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Masks and deltas are written by the same rules."""
+    found: Kind = request.param
+    return found
 
 
 # --- round trip ---------------------------------------------------------------------------------
 
 
 def test_round_trip_of_every_kind(small: Path) -> None:
-    assert load_mask(small) == MASK
+    assert load_mask(small) == SOME_MASK
     found = inspect_mask(small)
     kinds = {name: entry["kind"] for name, entry in found.metadata["params"].items()}
     assert kinds == {"a.idx": "idx", "b.bits": "bits", "c.full": "full", "d.none": "none"}
@@ -204,19 +193,111 @@ def test_any_mask_comes_back(
     safetensors.torch.load_file(path)
 
 
+def test_round_trip_of_a_delta(delta_file: Path) -> None:
+    delta = load_delta(delta_file)
+    assert same_delta(delta, SOME_DELTA)
+    assert list(delta.values) == list(delta.mask.indices)
+    found = inspect_delta(delta_file)
+    assert found.sha256 == hashlib.sha256(delta_file.read_bytes()).hexdigest()
+    assert (found.path, found.provenance) == (delta_file, PROVENANCE)
+
+
+def test_a_stored_delta_is_as_specified(delta_file: Path) -> None:
+    stored = safetensors.torch.load_file(delta_file)
+    values, dense = SOME_DELTA.values, SOME_DELTA.dense
+    assert stored.keys() == {
+        *("a.idx::idx", "b.bits::bits"),
+        *(f"{name}::value" for name in values),
+        *(f"{name}::dense" for name in dense),
+    }
+    assert torch.equal(stored["b.bits::value"], values["b.bits"])
+    assert torch.equal(stored["head.weight::dense"], dense["head.weight"])
+    assert stored["steps::dense"].shape == ()
+    with safetensors.safe_open(delta_file, framework="pt") as file:
+        meta = json.loads(file.metadata()["ird_delta"])
+    assert meta["values"] == {"a.idx": "F32", "b.bits": "BF16", "c.full": "F64"}
+    assert meta["dense"]["head.weight"] == {"dtype": "F16", "shape": [2, 3]}
+    assert meta["base_sha256"] == SOME_DELTA.base_sha256
+    assert (meta["count"], meta["density"]) == (10, 10 / 228)
+    assert sum(t.nbytes for t in stored.values()) == SOME_DELTA.nbytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(), st.data())
+def test_any_delta_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, mask: SparseMask, data: st.DataObject
+) -> None:
+    floats = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
+    values = {
+        name: torch.randn(index.numel()).to(data.draw(st.sampled_from(floats)))
+        for name, index in mask.indices.items()
+    }
+    names = data.draw(st.lists(st.text("aé.:_1", min_size=1, max_size=8), max_size=3, unique=True))
+    dense = {
+        name: torch.randint(0, 2, data.draw(st.lists(st.integers(0, 3), max_size=3))).to(
+            data.draw(st.sampled_from(list(DTYPES.values())))
+        )
+        for name in names
+        if name not in values
+    }
+    delta = Delta(mask, values, dense, "0" * 64)
+    path = tmp_path_factory.mktemp("any")
+    sha = save_delta(path, delta)
+    found = inspect_delta(path)
+    assert same_delta(found.delta, delta)
+    assert found.sha256 == sha
+    assert safetensors.torch.load_file(found.path).keys() >= {f"{n}::dense" for n in dense}
+
+
+def test_a_strided_tensor_is_stored_as_it_reads(tmp_path: Path) -> None:
+    strided = torch.arange(6.0).view(2, 3).t()
+    save_delta(tmp_path, replace(SOME_DELTA, dense={"w": strided}))
+    assert torch.equal(load_delta(tmp_path).dense["w"], strided)
+
+
+def test_either_kind_can_be_inspected_without_knowing_which(small: Path, delta_file: Path) -> None:
+    assert small.parent == delta_file.parent
+    assert inspect_file(small).describe() == inspect_mask(small).describe()
+    assert inspect_file(delta_file).describe() == inspect_delta(delta_file).describe()
+    assert inspect_file(small.parent).path == small
+    small.unlink()
+    assert inspect_file(delta_file.parent).path == delta_file
+    delta_file.unlink()
+    with pytest.raises(ArtifactError, match=r"mask\.safetensors: there is no such file"):
+        inspect_file(delta_file.parent)
+
+
 # --- exact bytes --------------------------------------------------------------------------------
 
 
-def test_golden_file_loads_and_is_rewritten_to_the_same_bytes() -> None:
-    data = GOLDEN.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == GOLDEN_SHA256
-    found = inspect_mask(GOLDEN)
-    assert found.mask == MASK
+def golden(kind: str) -> tuple[Path, bytes]:
+    path = DATA / f"{kind}-v1.safetensors"
+    data = path.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == GOLDEN[f"{kind}-v1"]
+    return path, data
+
+
+def test_golden_mask_loads_and_is_rewritten_to_the_same_bytes() -> None:
+    path, data = golden("mask")
+    found = inspect_mask(path)
+    assert found.mask == SOME_MASK
     assert found.provenance == PROVENANCE
     written_by = {key: found.metadata[key] for key in WRITTEN_BY}
     assert written_by == WRITTEN_BY
-    assert encode(found.mask, found.samples, found.provenance, written_by) == data
-    assert encode(MASK, ROWS, PROVENANCE, WRITTEN_BY) == data
+    for mask, samples in ((found.mask, found.samples), (SOME_MASK, ROWS)):
+        said = {**WRITTEN_BY, "provenance": PROVENANCE}
+        stored = stored_in_mask(mask, samples)
+        assert encode(MASK, MaskPlan.of(mask, samples), stored, said) == data
+
+
+def test_golden_delta_loads_and_is_rewritten_to_the_same_bytes() -> None:
+    path, data = golden("delta")
+    found = inspect_delta(path)
+    assert same_delta(found.delta, SOME_DELTA)
+    assert {key: found.metadata[key] for key in WRITTEN_BY} == WRITTEN_BY
+    for delta in (found.delta, SOME_DELTA):
+        said = {**WRITTEN_BY, "provenance": PROVENANCE}
+        assert encode(DELTA, DeltaPlan.of(delta), stored_in_delta(delta), said) == data
 
 
 WRITE = """
@@ -254,279 +335,20 @@ def test_equal_masks_are_equal_bytes_in_every_process(
 
 def test_the_order_of_rows_and_of_keys_does_not_matter(tmp_path: Path) -> None:
     turned = ChosenRows(ROWS.ids.flip(0), ROWS.scores.flip(0))
-    first = save_mask(tmp_path, MASK, samples=ROWS, provenance=PROVENANCE)
+    first = save_mask(tmp_path, SOME_MASK, samples=ROWS, provenance=PROVENANCE)
     second = save_mask(
-        tmp_path, MASK, samples=turned, provenance=dict(reversed(PROVENANCE.items()))
+        tmp_path, SOME_MASK, samples=turned, provenance=dict(reversed(PROVENANCE.items()))
     )
     assert first == second
 
 
-# --- damage -------------------------------------------------------------------------------------
-
-
-def test_every_truncation_and_every_extension_is_refused(small: Path) -> None:
-    data = small.read_bytes()
-    for length in reversed(range(len(data))):
-        os.truncate(small, length)  # in place: making the file anew each time is what takes long
-        refusal(small)
-    refused(small, data + b"\0")
-    refused(small, data + data)
-
-
-def test_every_flipped_byte_is_refused(small: Path) -> None:
-    data = small.read_bytes()
-    with open(small, "r+b", buffering=0) as file:
-        for position, byte in enumerate(data):
-            for pattern in (0x01, 0x80, 0xFF):
-                os.pwrite(file.fileno(), bytes([byte ^ pattern]), position)
-                refusal(small)
-            os.pwrite(file.fileno(), bytes([byte]), position)
-    assert load_mask(small) == MASK
-
-
-def test_a_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"mask\.safetensors: there is no such file\. Pass"):
-        load_mask(tmp_path)
-
-
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
-    with pytest.raises(ArtifactError, match="no such file"):
-        inspect_mask(tmp_path / "pipe")
-
-
-# --- hostile and foreign files ------------------------------------------------------------------
-
-
-def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-def numbered(count: int, form: bytes, between: bytes) -> bytes:
-    return between.join(form % i for i in range(count))
-
-
-def empty_tensors(count: int) -> bytes:
-    each = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    return packed(b"{" + b",".join(b'"t%d":%s' % (i, each) for i in range(count)) + b"}")
-
-
-def keys_inside_keys(count: int) -> bytes:
-    inner = numbered(count, rb"\"%d\":1", rb"\u002c")
-    outer = numbered(count, b'"%d":1', b",")
-    return packed(b'{"__metadata__":{"ird_mask":"{%s}"},%s}' % (inner, outer))
-
-
-HOSTILE: dict[str, Callable[[], bytes]] = {
-    "empty file": lambda: b"",
-    "length 2^63": lambda: (2**63).to_bytes(8, "little") + b"{}",
-    "length 2^64-1": lambda: b"\xff" * 8 + b"{}",
-    "17 MiB of spaces": lambda: packed(b"{}" + b" " * (17 * 2**20)),
-    "300k empty tensors": lambda: empty_tensors(300_000),
-    "90k empty tensors": lambda: empty_tensors(90_000),
-    "100k-deep list": lambda: packed(b"[" * 100_000 + b"]" * 100_000),
-    "100k-deep object": lambda: packed(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-    "5 million empty objects": lambda: packed(b'{"a":[' + b"{}," * 5_000_000 + b"{}]}"),
-    "8 million numbers": lambda: packed(b'{"a":[' + b"1," * 8_000_000 + b"1]}"),
-    "490k keys": lambda: packed(b"{" + numbered(490_000, b'"%d":1', b",") + b"}"),
-    "490k keys inside 490k keys": lambda: keys_inside_keys(490_000),
-    "a number of 16 million digits": lambda: packed(b'{"a":' + b"9" * 16_000_000 + b"}"),
-    "huge rank": lambda: packed({"a": entry("U8", [1] * 65_000, 0, 1)}, b"\0"),
-    "not UTF-8": lambda: packed(b'{"\xff":1}'),
-    "a list": lambda: packed(b"[]"),
-    "NaN": lambda: packed(b'{"a":NaN}'),
-    "metadata is a list": lambda: packed({"__metadata__": ["ird_mask"]}),
-    "metadata is no string": lambda: packed({"__metadata__": {"ird_mask": {"a": 1}}}),
-    "ird_mask is no JSON": lambda: packed({"__metadata__": {"ird_mask": "{"}}),
-    "ird_mask is 100k deep": lambda: packed({"__metadata__": {"ird_mask": "[" * 100_000}}),
-    "ird_mask is a number": lambda: packed({"__metadata__": {"ird_mask": "1"}}),
-    "ird_mask has a lone surrogate": lambda: packed(b'{"__metadata__":{"ird_mask":"\\ud800"}}'),
-    "ird_mask is empty": lambda: packed({"__metadata__": {"ird_mask": "{}"}}),
-}
-
-
-@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_headers_are_refused_quickly(tmp_path: Path, make: Callable[[], bytes]) -> None:
-    path = tmp_path / "hostile"
-    path.write_bytes(make())
-    before = time.process_time()
-    with pytest.raises(ArtifactError):
-        load_mask(path)
-    assert time.process_time() - before < 1
-
-
-@pytest.mark.parametrize(
-    ("make", "limit"),
-    [
-        (lambda: keys_inside_keys(49_000), 30e6),
-        pytest.param(lambda: keys_inside_keys(490_000), 200e6, marks=pytest.mark.slow),
-        (HOSTILE["5 million empty objects"], 200e6),
-    ],
-    ids=["49k keys inside 49k keys", "490k keys inside 490k keys", "5 million empty objects"],
-)
-def test_hostile_headers_take_little_memory(
-    tmp_path: Path, make: Callable[[], bytes], limit: float
-) -> None:
-    path = tmp_path / "hostile"
-    path.write_bytes(make())
-    tracemalloc.start()
-    try:
-        with pytest.raises(ArtifactError):
-            load_mask(path)
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_plain_safetensors_file_is_named_as_such(tmp_path: Path) -> None:
-    for metadata in (None, {"format": "pt"}):
-        data = safetensors.torch.save({"encoder.weight": torch.zeros(2)}, metadata)
-        refused(
-            tmp_path / "model",
-            data,
-            "This is no ird-mask",
-            '1 tensors ("encoder.weight")',
-            "Pass a file that save_mask wrote.",
-        )
-
-
-def test_a_duplicate_key_is_refused_where_the_library_accepts_it(small: Path) -> None:
-    header, meta, payload = taken_apart(small)
-    data = forged(header, meta, payload)
-    assert data == small.read_bytes()
-    raw = data[8 : len(data) - len(payload)].rstrip()
-    twice = raw[:-1] + b',"a.idx::idx":' + json.dumps(header["a.idx::idx"]).encode() + b"}"
-    twice += b" " * (-len(twice) % 8)
-    safetensors.torch.load(packed(twice, payload))
-    refused(small, packed(twice, payload), "a key comes twice")
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"b.bits::bits": entry("BOOL", [3], 48, 51)},
-        {"a.idx::idx": entry("U32", [3], 24, 36)},
-        {"a.idx::idx": entry("I64", [3], 24, 48)},
-        {"a.idx::idx": entry("I32", [3, 1], 24, 36)},
-        {"a.idx::idx": entry("I32", [3], 20, 32)},  # overlaps the tensor before it
-        {"a.idx::idx": entry("I32", [3], 28, 40)},  # leaves a hole
-        {"a.idx::idx": entry("I32", [3], -12, 0)},
-        {"a.idx::idx": entry("I32", [3], 2**63, 2**63 + 12)},
-        {"a.idx::idx": {**entry("I32", [3], 24, 36), "more": 1}},
-        {"a.idx::idx": entry("I32", [True], 24, 28)},
-        {"extra": entry("U8", [0], 0, 0)},
-        {"a.idx::idx": "I32"},
-    ],
-    ids=str,
-)
-def test_headers_that_do_not_fit_the_metadata(small: Path, changed: dict[str, Any]) -> None:
-    header, meta, payload = taken_apart(small)
-    data = forged({**header, **changed}, meta, payload)
-    refused(small, data, "The header does not list what its metadata declares")
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"format_version": "2.0"}, "ird-mask 2.0; this ird_search reads ird-mask 1"),
-        ({"format_version": "1"}, 'format_version is "1", not like 1.0'),
-        ({"format_version": 1.0}, "format_version is 1.0, not like 1.0"),
-        ({"count": 11}, "contradicts itself"),
-        ({"count": 10.0}, "contradicts itself"),
-        ({"density": 0.5}, "contradicts itself"),
-        ({"space_fingerprint": "0" * 64}, "contradicts itself"),
-        ({"samples": True}, "lacks a sound"),
-        ({"samples": -1}, "lacks a sound"),
-        ({"samples": 2}, "does not list what"),
-        ({"order": ["a.idx"]}, "contradicts itself"),
-        ({"order": ["a.idx", "a.idx"]}, "declared twice"),
-        ({"order": [1]}, "Tensor 1 is declared as"),
-        ({"order": ["x"] * 100_001}, "100,001 tensors are declared; at most 100,000"),
-        ({"order": None}, "lacks a sound"),
-        ({"provenance": []}, "no provenance object"),
-        ({"params": {}}, 'Tensor "a.idx" is declared as {}'),
-    ],
-    ids=str,
-)
-def test_metadata_that_lies(small: Path, changed: dict[str, Any], says: str) -> None:
-    header, meta, payload = taken_apart(small)
-    refused(small, forged(header, {**meta, **changed}, payload), says)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"shape": [1] * 9, "count": 1},
-        {"shape": [-1], "count": 0},
-        {"shape": [2.0], "count": 0},
-        {"shape": [2**49], "count": 0},
-        {"shape": [2**40, 2**40], "count": 0},
-        {"shape": [2], "count": 3},
-        {"shape": [2], "count": -1},
-        {"shape": [2], "count": True},
-        {"shape": 2, "count": 1},
-        {"shape": [2]},
-        [],
-    ],
-    ids=str,
-)
-def test_tensors_that_cannot_be(tmp_path: Path, wrong: Any) -> None:
-    save_mask(tmp_path / "m", SparseMask(ParameterSpace(("w",), ((2,),)), torch.tensor([0, 1])))
-    header, meta, payload = taken_apart(tmp_path / "m")
-    refused(tmp_path / "m", forged(header, {**meta, "params": {"w": wrong}}, payload))
-
-
-@pytest.mark.parametrize("name", ["__samples__", "a\x1b[31mb", "a\nb", "a\ud800"], ids=ascii)
-def test_names_that_cannot_be_stored(tmp_path: Path, name: str) -> None:
-    mask = SparseMask(ParameterSpace((name,), ((2,),)), torch.tensor([0]))
-    with pytest.raises(UsageError, match="cannot be stored as ird-mask 1: "):
-        save_mask(tmp_path / "m", mask)
-    assert not list(tmp_path.iterdir())
-
-
-def rewritten(path: Path, key: str, values: np.ndarray[Any, Any]) -> bytes:
-    """The file with other bytes in one tensor and all hashes right."""
-    header, meta, payload = taken_apart(path)
-    start, end = header[key]["data_offsets"]
-    assert values.nbytes == end - start
-    return forged(header, meta, payload[:start] + values.tobytes() + payload[end:])
-
-
-@pytest.mark.parametrize(
-    ("key", "values", "says"),
-    [
-        ("a.idx::idx", np.array([0, 3, 3], "<i4"), "lacks 3 increasing indices"),
-        ("a.idx::idx", np.array([3, 0, 9], "<i4"), "lacks 3 increasing indices"),
-        ("a.idx::idx", np.array([0, 3, 200], "<i4"), "reaches beyond 200 entries"),
-        ("a.idx::idx", np.array([-1, 3, 199], "<i4"), "reaches beyond 200 entries"),
-        ("b.bits::bits", np.array([1, 0, 0], "u1"), "lacks 5 increasing indices"),
-        ("b.bits::bits", np.array([15, 0, 128], "u1"), "reaches beyond 21 entries"),
-        ("__samples__::idx", np.array([5, 2, 9], "<i8"), "not in increasing order"),
-        ("__samples__::idx", np.array([2, 2, 9], "<i8"), "each id once"),
-        ("__samples__::score", np.array([1, np.nan, 2], "<f4"), "not finite"),
-    ],
-)
-def test_contents_are_checked_even_when_the_hashes_are_right(
-    small: Path, key: str, values: np.ndarray[Any, Any], says: str
-) -> None:
-    refused(small, rewritten(small, key, values), says)
-
-
-def test_a_few_bytes_cannot_ask_for_terabytes(tmp_path: Path) -> None:
-    parts = (Part("w", (2**40,), 2**40),)
-    meta = {"format_version": "1.0", "provenance": {}, **described(parts, 0)}
-    (tmp_path / "m").write_bytes(forged({}, meta, b""))
-    with pytest.raises(ResourceError, match="do not fit into memory"):
-        load_mask(tmp_path / "m")
-    with pytest.raises(ArtifactError, match="another model"):
-        load_mask(tmp_path / "m", nn.Linear(1, 1))
-
-
-def test_later_minor_versions_and_unknown_keys_are_read(small: Path) -> None:
-    header, meta, payload = taken_apart(small)
-    small.write_bytes(forged(header, {**meta, "format_version": "1.7", "licence": "MIT"}, payload))
-    assert load_mask(small) == MASK
-    assert inspect_mask(small).metadata["licence"] == "MIT"
+def test_the_order_of_the_tensors_of_a_delta_does_not_matter(tmp_path: Path) -> None:
+    turned = replace(
+        SOME_DELTA,
+        values=dict(reversed(SOME_DELTA.values.items())),
+        dense=dict(reversed(SOME_DELTA.dense.items())),
+    )
+    assert save_delta(tmp_path, SOME_DELTA) == save_delta(tmp_path, turned)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -553,80 +375,8 @@ def saved_for(model: nn.Module, folder: Path, **provenance: Any) -> Path:
     return folder
 
 
-class Around(nn.Module):
-    """Puts a model under one or more attribute names."""
-
-    def __init__(self, path: str, model: nn.Module) -> None:
-        super().__init__()
-        first, _, rest = path.partition(".")
-        self.add_module(first, Around(rest, model) if rest else model)
-
-
-def mismatch(path: Path, model: nn.Module) -> str:
-    with pytest.raises(ArtifactError) as caught:
-        load_mask(path, model)
-    return str(caught.value)
-
-
 def test_a_mask_of_the_same_model_loads(tmp_path: Path) -> None:
     assert load_mask(saved_for(network(), tmp_path), network()).count == 2
-
-
-def test_another_size_is_refused_with_the_shapes(tmp_path: Path) -> None:
-    text = mismatch(saved_for(network(), tmp_path), network(width=4))
-    assert "4 of 4 tensors differ" in text
-    assert "0.weight is [4, 4], not [3, 3]" in text
-    assert "another size of the model" in text
-
-
-def test_at_most_ten_differences_are_listed(tmp_path: Path) -> None:
-    text = mismatch(saved_for(network(depth=9), tmp_path), network(width=4, depth=9))
-    assert "18 of 18 tensors differ" in text
-    assert len(re.findall(r"^  - \d\.", text, re.M)) == 10
-    assert "  - and 8 more" in text
-
-
-def test_near_names_are_looked_up_for_ten_differences_only() -> None:
-    found = ParameterSpace.of(network(depth=9)).differences(Around("module", network(depth=9)))
-    assert all(line.split(" is missing.")[0].endswith("]") for line in found)
-    assert ["Did you mean" in line for line in found] == [True] * 10 + [False] * 8
-
-
-@pytest.mark.parametrize(
-    ("path", "wrapper"),
-    [("base_model.model", "PEFT"), ("module", "DataParallel"), ("_orig_mod", "torch.compile")],
-)
-def test_a_wrapper_is_recognised_both_ways(tmp_path: Path, path: str, wrapper: str) -> None:
-    text = mismatch(saved_for(network(), tmp_path), Around(path, network()))
-    assert "0.weight [3, 3] is missing" in text
-    assert f"this model is wrapped by {wrapper} (prefix '{path}.')" in text
-    text = mismatch(saved_for(Around(path, network()), tmp_path), network())
-    assert f"the mask was made on a model wrapped by {wrapper} (prefix '{path}.')" in text
-
-
-def test_layers_that_peft_has_replaced_are_recognised(tmp_path: Path) -> None:
-    adapted = Around("base_model.model", nn.Sequential(Around("base_layer", nn.Linear(3, 3))))
-    text = mismatch(saved_for(network(depth=1), tmp_path), adapted)
-    assert "wrapped by PEFT" in text
-
-
-def test_tied_weights_are_recognised(tmp_path: Path) -> None:
-    tied = network()
-    path = saved_for(tied, tmp_path)
-    layer(tied, 1).weight = layer(tied, 0).weight
-    assert "Likely: tied weights" in mismatch(path, tied)
-
-
-def test_a_task_head_is_recognised(tmp_path: Path) -> None:
-    path = saved_for(network(), tmp_path)
-    assert "the base model and the other has a task head" in mismatch(
-        path, Around("bert", network())
-    )
-
-
-def test_renamed_tensors_point_at_the_versions(tmp_path: Path) -> None:
-    path = saved_for(Around("vit.layers", network()), tmp_path)
-    assert "major version of transformers" in mismatch(path, Around("vit.encoder", network()))
 
 
 def test_strict_compares_weights_but_not_fresh_heads(tmp_path: Path) -> None:
@@ -657,7 +407,8 @@ def test_weights_hash_tells_names_dtypes_shapes_and_values_apart() -> None:
     model = network()
     found = {weights_sha256(network()), weights_sha256(model, ["0.bias"])}
     assert weights_sha256(model) in found
-    found |= {weights_sha256(Around("a", network())), weights_sha256(model.bfloat16())}
+    renamed = nn.ModuleDict({"a": network()})
+    found |= {weights_sha256(renamed), weights_sha256(model.bfloat16())}
     model = network()
     layer(model, 0).weight = nn.Parameter(weight(model, "0.weight").reshape(1, 9))
     found.add(weights_sha256(model))
@@ -695,24 +446,28 @@ def test_weights_hash_refuses_unknown_names_and_missing_data() -> None:
     ],
     ids=str,
 )
-def test_provenance_that_json_cannot_hold(tmp_path: Path, value: Any) -> None:
+def test_provenance_that_json_cannot_hold(kind: Kind, tmp_path: Path, value: Any) -> None:
     with pytest.raises(UsageError, match=r"provenance\['bad'\] cannot be stored"):
-        save_mask(tmp_path, MASK, provenance={"good": 1, "bad": value})
+        kind.save(tmp_path, {"good": 1, "bad": value})
     assert not list(tmp_path.iterdir())
 
 
-def test_provenance_too_large_to_be_read_back_is_refused_before_writing(small: Path) -> None:
-    before = small.read_bytes()
+def test_provenance_too_large_to_be_read_back_is_refused_before_writing(
+    kind: Kind, tmp_path: Path
+) -> None:
+    path = tmp_path / "small"
+    kind.save(path, PROVENANCE)
+    before = path.read_bytes()
     with pytest.raises(UsageError, match="Shorten the provenance"):
-        save_mask(small, MASK, provenance={"log": "x" * 2**24})
+        kind.save(path, {"log": "x" * 2**24})
     with pytest.raises(UsageError, match="shorten the provenance"):
-        save_mask(small, MASK, provenance={"log": list(range(10)) * 101_000})
-    assert small.read_bytes() == before
+        kind.save(path, {"log": list(range(10)) * 101_000})
+    assert path.read_bytes() == before
 
 
 def test_provenance_keys_are_strings(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="its key is not a string"):
-        save_mask(tmp_path, MASK, provenance={1: "a"})  # type: ignore[dict-item]
+        save_mask(tmp_path, SOME_MASK, provenance={1: "a"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -731,6 +486,29 @@ def test_provenance_keys_are_strings(tmp_path: Path) -> None:
 def test_rows_that_cannot_be(ids: torch.Tensor, scores: torch.Tensor, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         ChosenRows(ids, scores)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"values": {}}, r"3 problems:\n  - The values of 'a.idx' are missing."),
+        ({"values": {**SOME_DELTA.values, "x": torch.ones(1)}}, "for 'x', but the mask selects"),
+        (
+            {"values": {**SOME_DELTA.values, "a.idx": torch.ones(2)}},
+            r"'a.idx' are torch.float32 \[2\]; floats \[3\] are needed",
+        ),
+        (
+            {"values": {**SOME_DELTA.values, "a.idx": torch.ones(3).int()}},
+            r"'a.idx' are torch.int32 \[3\]; floats \[3\] are needed",
+        ),
+        ({"dense": {"b.bits": torch.ones(2)}}, "'b.bits' is dense and masked"),
+        ({"dense": {"c": torch.ones(2, dtype=torch.complex64)}}, "torch.complex64 on cpu; bf16, "),
+        ({"dense": {"c": torch.ones(2, device="meta")}}, "float32 on meta; .* on the CPU can be"),
+    ],
+)
+def test_deltas_that_cannot_be(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        replace(SOME_DELTA, **changed)
 
 
 def test_values_are_frozen_and_print_what_they_hold(small: Path) -> None:
@@ -752,9 +530,34 @@ def test_values_are_frozen_and_print_what_they_hold(small: Path) -> None:
         assert words in text
 
 
-def test_a_description_cannot_drive_a_terminal(tmp_path: Path) -> None:
-    save_mask(tmp_path, MASK, provenance={"a\x1b[2J": "\x1b]0;title\x07\n"})
-    text = inspect_mask(tmp_path).describe()
+def test_a_delta_prints_what_it_holds(delta_file: Path) -> None:
+    found = inspect_delta(delta_file)
+    with pytest.raises(FrozenInstanceError):
+        found.delta.base_sha256 = ""  # type: ignore[misc]
+    assert repr(found.delta) == (
+        "Delta(10 of 228 parameters, density 4.3860%, and 3 dense tensors; 76 bytes, base "
+        "01234567…)"
+    )
+    assert repr(found.delta) in repr(found)
+    text = found.describe()
+    for words in (
+        found.sha256,
+        "10 of 228 parameters",
+        "4.3860%",
+        "50.0%  b.bits  (5)",
+        "3 tensors, 10 entries",
+        "head.weight  [2, 3]",
+        "76 bytes, bfloat16, bool, float16, float32, float64, int64",
+        "not finite       2 values",
+        f"base sha256      {SOME_DELTA.base_sha256}",
+        '{"id": "tiny/model", "revision": "abc"}',
+    ):
+        assert words in text
+
+
+def test_a_description_cannot_drive_a_terminal(kind: Kind, tmp_path: Path) -> None:
+    kind.save(tmp_path, {"a\x1b[2J": "\x1b]0;title\x07\n"})
+    text = kind.inspect(tmp_path).describe()
     assert all(c.isprintable() for c in text.replace("\n", ""))
 
 
@@ -762,24 +565,26 @@ def test_a_description_cannot_drive_a_terminal(tmp_path: Path) -> None:
 
 
 def test_directories_are_made_and_a_directory_gets_the_usual_name(tmp_path: Path) -> None:
-    save_mask(tmp_path / "new" / "deep" / "m.safetensors", MASK)
-    save_mask(tmp_path / "new", MASK)
-    save_mask(f"{tmp_path}/other/", MASK)
-    assert load_mask(tmp_path / "other" / "mask.safetensors") == MASK
-    assert load_mask(tmp_path / "new") == load_mask(tmp_path / "new" / "mask.safetensors") == MASK
+    save_mask(tmp_path / "new" / "deep" / "m.safetensors", SOME_MASK)
+    save_mask(tmp_path / "new", SOME_MASK)
+    save_mask(f"{tmp_path}/other/", SOME_MASK)
+    assert load_mask(tmp_path / "other" / "mask.safetensors") == SOME_MASK
+    assert (
+        load_mask(tmp_path / "new") == load_mask(tmp_path / "new" / "mask.safetensors") == SOME_MASK
+    )
     assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["m.safetensors"]
 
 
 def test_a_file_for_a_parent_is_a_usage_error(small: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot be written: .*Choose a file in a directory"):
-        save_mask(small / "mask.safetensors", MASK)
+        save_mask(small / "mask.safetensors", SOME_MASK)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_directory_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "ro").mkdir(mode=0o500)
     with pytest.raises(UsageError, match="Permission denied"):
-        save_mask(tmp_path / "ro", MASK)
+        save_mask(tmp_path / "ro", SOME_MASK)
 
 
 def test_a_full_disk_leaves_the_old_file(small: Path) -> None:
@@ -847,12 +652,17 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
 # --- the document -------------------------------------------------------------------------------
 
 
+def reader(key: str) -> str:
+    """The code in the document that reads the metadata under this key."""
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.S)
+    (found,) = [block for block in blocks if f'["{key}"]' in block]
+    return str(found)
+
+
 def test_the_reader_in_the_document_needs_six_lines_and_not_us(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = re.search(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.S)
-    assert found is not None
-    code = found[1]
+    code = reader("ird_mask")
     assert sum(line != "" for line in code.splitlines()) == 6
     assert "ird_search" not in code
     monkeypatch.chdir(small.parent)
@@ -860,4 +670,25 @@ def test_the_reader_in_the_document_needs_six_lines_and_not_us(
     exec(code, names)
     read = {name: torch.from_numpy(array) for name, array in names["mask"].items()}
     assert set(read) == set(SPACE.names)
-    assert SparseMask.from_dict(SPACE, read) == MASK
+    assert SparseMask.from_dict(SPACE, read) == SOME_MASK
+
+
+def test_the_merger_in_the_document_needs_not_us(
+    delta_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = reader("ird_delta")
+    assert "ird_search" not in code
+    monkeypatch.chdir(delta_file.parent)
+    dtypes = {name: values.dtype for name, values in SOME_DELTA.values.items()}
+    tensors = {
+        name: torch.zeros(shape, dtype=dtypes.get(name))
+        for name, shape in zip(SPACE.names, SPACE.shapes, strict=True)
+    }
+    tensors |= {name: torch.zeros_like(tensor) for name, tensor in SOME_DELTA.dense.items()}
+    exec(code, {"tensors": tensors})
+    for name, index in SOME_MASK.indices.items():
+        wanted = torch.zeros(SPACE.shape(name), dtype=dtypes[name])
+        wanted.view(-1)[index] = SOME_DELTA.values[name]
+        assert torch.equal(tensors[name].nan_to_num(7), wanted.nan_to_num(7))
+    assert not tensors["d.none"].any()
+    assert all(torch.equal(tensors[name], t) for name, t in SOME_DELTA.dense.items())

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ird_search.errors import UsageError
+from ird_search.freeze import verify
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
 
@@ -25,6 +26,7 @@ def test_algebra_is_that_of_sets(a: set[int], b: set[int]) -> None:
     assert (left & right) == mask_of(a & b)
     assert (left | right) == mask_of(a | b)
     assert (left - right) == mask_of(a - b)
+    assert (left ^ right) == mask_of(a ^ b)
     assert left.jaccard(right) == (len(a & b) / len(a | b) if a | b else 1.0)
     assert (left == right) == (a == b)
     assert (left.digest == right.digest) == (a == b)
@@ -67,14 +69,70 @@ def test_coordinates_are_integers_on_one_axis() -> None:
 
 
 def test_masks_of_different_models_do_not_combine() -> None:
-    other = SparseMask(ParameterSpace(("w",), ((4, 5),)), torch.tensor([1]))
-    mine = mask_of({1})
-    for combine in (lambda: mine & other, lambda: mine | other, lambda: mine.jaccard(other)):
-        with pytest.raises(UsageError, match="Masks of different models cannot be combined"):
+    shapes = tuple(shape[::-1] for shape in SPACE.shapes)
+    mine, other = mask_of({1}), SparseMask(ParameterSpace(SPACE.names, shapes), torch.tensor([1]))
+    for combine in (
+        lambda: mine & other,
+        lambda: mine | other,
+        lambda: mine - other,
+        lambda: mine ^ other,
+        lambda: mine.jaccard(other),
+    ):
+        with pytest.raises(UsageError) as e:
             combine()
+        assert "Masks of different models cannot be combined." in str(e.value)
+        assert "w is [4, 5] and [5, 4]." in str(e.value)
+        assert "b is" not in str(e.value)  # its shape is the same both ways round
     assert mine != other
     assert mine.digest != other.digest
     assert mine != "a mask"
+
+
+def test_many_differences_are_counted_and_ten_are_named() -> None:
+    names = tuple(f"w{i}" for i in range(14))
+    one, other = (
+        SparseMask(ParameterSpace(names, ((n,),) * 14), torch.tensor([0])) for n in (2, 3)
+    )
+    with pytest.raises(UsageError) as e:
+        one & other
+    assert str(e.value).count(" is [2] and [3].") == 10
+    assert str(e.value).endswith("4 more tensors differ.")
+
+
+def test_lifting_moves_coordinates_and_keeps_entries() -> None:
+    larger = ParameterSpace(("v", "x", "b", "w"), ((2, 2, 2), (7,), (3,), (4, 5)))
+    mask = mask_of({0, 19, 20, 22, 23, 30})
+    lifted = mask.lifted(larger)
+    assert lifted.space == larger
+    assert {name: index.tolist() for name, index in lifted.indices.items()} == {
+        name: index.tolist() for name, index in mask.indices.items()
+    }
+    assert lifted.lifted(SPACE) == mask
+    assert mask.lifted(SPACE) is mask
+    assert mask_of(set()).lifted(larger) == SparseMask(larger, mask_of(set()).coords)
+
+
+def test_lifting_needs_the_tensors_with_selected_entries() -> None:
+    smaller = ParameterSpace(("w", "v"), ((4, 5), (2, 2, 2)))
+    assert mask_of({1, 23}).lifted(smaller).coords.tolist() == [1, 20]
+    other = ParameterSpace(("w", "v"), ((5, 4), (2, 2, 2)))
+    with pytest.raises(UsageError) as e:
+        mask_of({20, 23}).lifted(other)
+    assert "w is [4, 5] and [5, 4]." in str(e.value)
+    assert "b is missing." in str(e.value)
+    assert "v" not in str(e.value).partition("space.")[2]
+
+
+def test_verify_is_a_method_too() -> None:
+    mask = mask_of({0, 21})
+    before = {name: torch.zeros(SPACE.shape(name)) for name in SPACE.names}
+    after = {name: t.clone() for name, t in before.items()}
+    after["w"][0, 0], after["b"][1] = 1.0, 1.0
+    assert mask.verify(before, after) == []
+    after["b"][0], after["v"][1, 1, 1] = 1.0, -0.0
+    found = ["b: 1 of 2 frozen entries moved.", "v: 1 of 8 frozen entries moved."]
+    assert mask.verify(before, after) == verify(mask, before, after) == found
+    assert mask.verify(before, after, dense="b") == found[1:]
 
 
 def test_printing_a_mask_tells_where_it_lies() -> None:

@@ -1,16 +1,18 @@
-"""What a mask file holds besides the mask: `ChosenRows`, and `MaskFile` with all of it."""
+"""What the files hold: `MaskFile` a mask and `ChosenRows`, `DeltaFile` a `Delta`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ird_search.artifact.container import DTYPES
+from ird_search.artifact.parts import index_layouts, parts_of
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
 
@@ -84,24 +86,165 @@ class MaskFile:
 
     def describe(self) -> str:
         """A few lines for people: size, where it lies in the model, who wrote it, and from what."""
-        mask, meta = self.mask, self.metadata
-        held = sorted(((-idx.numel(), name) for name, idx in mask.indices.items()))
-        lines = [
-            ("file", f"{self.path} (ird-mask {meta['format_version']})"),
+        samples = repr(self.samples) if self.samples else "not recorded"
+        return _lines(
+            ("file", f"{self.path} (ird-mask {self.metadata['format_version']})"),
             ("sha256", self.sha256),
-            ("selected", f"{mask.count:,} of {mask.space.numel:,} parameters"),
-            ("density", f"{meta['density']:.4%}"),
-            ("tensors", f"{len(held)} of {len(mask.space.names)} hold selected parameters"),
-            *(("", f"{-n / mask.count:6.1%}  {name}  ({-n:,})") for n, name in held[:5]),
-            ("samples", repr(self.samples) if self.samples else "not recorded"),
-            ("written by", " ".join(clip(meta.get(k)) for k in WRITER)),
-            *((clip(key, 40).strip('"'), clip(v)) for key, v in self.provenance.items()),
-        ]
-        return "\n".join(f"{label:<16} {text}" for label, text in lines)
+            *_of_mask(self.mask),
+            ("samples", samples),
+            *_of_writer(self.metadata),
+        )
 
     def __repr__(self) -> str:
         rows = f", {self.samples!r}" if self.samples else ""
         return f"MaskFile({str(self.path)!r}, {self.mask!r}{rows}, sha256 {self.sha256[:12]}…)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta:
+    """What masked fine-tuning made of a base model: new values at a mask's entries.
+
+        tuned = base, but tuned[name].flat[mask.indices[name]] = values[name]
+                      and tuned[name] = dense[name]
+
+    Values are those of the tuned model, and no differences: in floating point, base + (tuned −
+    base) need not be tuned. They may be anything, NaN too.
+
+    Args:
+        mask: the entries that may differ.
+        values: their values by tensor, as in `mask.indices`: floats [k] on the CPU.
+        dense: tensors that differ altogether (the head), on the CPU.
+        base_sha256: `weights_sha256` of the base, without the dense tensors.
+        provenance: plain JSON data about the origin, such as `base_model` with id and revision.
+
+    Raises:
+        UsageError: the values do not fit the mask, or something cannot be stored.
+
+    Example:
+        >>> from ird_search.parameters import ParameterSpace
+        >>> mask = SparseMask(ParameterSpace(("w",), ((2, 50),)), torch.tensor([7]))
+        >>> Delta(mask, {"w": torch.tensor([0.5])}, {"b": torch.zeros(2)}, "1a2b" * 16)
+        Delta(1 of 100 parameters, density 1.0000%, and 1 dense tensor; 16 bytes, base 1a2b1a2b…)
+    """
+
+    mask: SparseMask
+    values: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+    base_sha256: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = {name: [index.numel()] for name, index in self.mask.indices.items()}
+        problems = [
+            f"Values are there for {name!r}, but the mask selects none of its entries."
+            for name in self.values
+            if name not in wanted
+        ]
+        problems += [
+            f"The values of {name!r} are missing." for name in wanted if name not in self.values
+        ]
+        problems += [
+            f"The values of {name!r} are {value.dtype} {list(value.shape)}; floats "
+            f"{wanted[name]} are needed."
+            for name, value in self.values.items()
+            if name in wanted
+            and (list(value.shape) != wanted[name] or not value.is_floating_point())
+        ]
+        problems += [f"{name!r} is dense and masked." for name in self.dense if name in wanted]
+        problems += [
+            f"{name!r} is {tensor.dtype} on {tensor.device}; "
+            f"{', '.join(sorted(DTYPES)).lower()} on the CPU can be stored."
+            for name, tensor in (*self.values.items(), *self.dense.items())
+            if tensor.dtype not in DTYPES.values() or tensor.device.type != "cpu"
+        ]
+        if problems:
+            raise UsageError(problems)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the mask's space that may differ."""
+        return self.mask.density
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices, values and dense tensors; the file adds its header."""
+        indices = sum(layout.nbytes for layout in index_layouts(parts_of(self.mask)).values())
+        return indices + sum(t.nbytes for t in (*self.values.values(), *self.dense.values()))
+
+    def __repr__(self) -> str:
+        mask, count = self.mask, len(self.dense)
+        whole = f", and {count} dense tensor{'s' if count > 1 else ''}" if count else ""
+        return (
+            f"Delta({mask.count:,} of {mask.space.numel:,} parameters, density "
+            f"{mask.density:.4%}{whole}; {self.nbytes:,} bytes, base {self.base_sha256[:8]}…)"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DeltaFile:
+    """A verified delta file with all that it says about itself.
+
+    Args:
+        path: where it lies.
+        sha256: hash of the whole file, to pin it by.
+        delta: what it holds.
+        metadata: the parsed `ird_delta` text.
+    """
+
+    path: Path
+    sha256: str
+    delta: Delta
+    metadata: Mapping[str, Any]
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What the writer recorded: base model, data, settings, scores."""
+        return self.delta.provenance
+
+    def describe(self) -> str:
+        """A few lines for people: size, where it lies in the model, what base, and from what."""
+        delta, dense = self.delta, self.delta.dense
+        tensors = (*delta.values.values(), *dense.values())
+        odd = sum(int((~t.isfinite()).sum()) for t in tensors)
+        dtypes = sorted({str(values.dtype).removeprefix("torch.") for values in tensors})
+        return _lines(
+            ("file", f"{self.path} (ird-delta {self.metadata['format_version']})"),
+            ("sha256", self.sha256),
+            ("base sha256", delta.base_sha256),
+            *_of_mask(delta.mask),
+            ("dense", f"{len(dense)} tensors, {sum(t.numel() for t in dense.values()):,} entries"),
+            *(("", f"{name}  {list(t.shape)}") for name, t in list(dense.items())[:5]),
+            ("values", f"{delta.nbytes:,} bytes, {', '.join(dtypes)}"),
+            *([("not finite", f"{odd:,} values")] if odd else []),
+            *_of_writer(self.metadata),
+        )
+
+    def __repr__(self) -> str:
+        return f"DeltaFile({str(self.path)!r}, {self.delta!r}, sha256 {self.sha256[:12]}…)"
+
+
+Line = tuple[str, str]
+
+
+def _lines(*lines: Line) -> str:
+    return "\n".join(f"{label:<16} {text}" for label, text in lines)
+
+
+def _of_mask(mask: SparseMask) -> list[Line]:
+    held = sorted((-index.numel(), name) for name, index in mask.indices.items())
+    return [
+        ("selected", f"{mask.count:,} of {mask.space.numel:,} parameters"),
+        ("density", f"{mask.density:.4%}"),
+        ("tensors", f"{len(held)} of {len(mask.space.names)} hold selected parameters"),
+        *(("", f"{-n / mask.count:6.1%}  {name}  ({-n:,})") for n, name in held[:5]),
+    ]
+
+
+def _of_writer(metadata: Mapping[str, Any]) -> list[Line]:
+    return [
+        ("written by", " ".join(clip(metadata.get(key)) for key in WRITER)),
+        *((clip(key, 40).strip('"'), clip(v)) for key, v in metadata["provenance"].items()),
+    ]
 
 
 def clip(value: Any, width: int = 100) -> str:

@@ -1,6 +1,6 @@
-"""Reading a mask file as if an enemy had written it: every check on the way in.
+"""Reading a file as if an enemy had written it: every check on the way in.
 
-A file is accepted only when it is, byte for byte, what `save_mask` would write for what it holds.
+A file is accepted only when it is, byte for byte, what would be written for what it holds.
 """
 
 from __future__ import annotations
@@ -8,121 +8,103 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from math import prod
-from typing import Any, BinaryIO, TypeGuard
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
-from ird_search.artifact.contents import ChosenRows, MaskFile, clip
-from ird_search.artifact.layout import (
+from ird_search.artifact.container import (
     AGAIN,
-    FILE_NAME,
-    FORMAT_VERSION,
-    SAMPLES,
-    Part,
+    Format,
+    Plan,
     canonical,
-    described,
     distinct,
-    file_at,
     header_of,
     sha256,
-    space_of,
     table_of,
 )
-from ird_search.artifact.matching import check_match
+from ird_search.artifact.contents import clip
 from ird_search.errors import ArtifactError, ModelError, ResourceError
-from ird_search.mask import SparseMask
+
+F = TypeVar("F")
+Check = Callable[[Format[Any], Plan[Any], Mapping[str, Any]], None]
+"""What a caller checks of plan and metadata before the payload is read; it raises ValueError."""
 
 _MAX_HEADER = 16 * 2**20  # bytes
-_MAX_TENSORS = 100_000
-_MAX_RANK = 8
-_MAX_NUMEL = 2**48  # keeps every coordinate far from the end of int64
 _MAX_MARKS = 500_000  # of each of [ { , in a header: bounds what parsing it can cost
 
 
-def read(path: str | os.PathLike[str], model: nn.Module | None, strict: bool) -> MaskFile:
-    """A mask file from the disk, verified; where a model is given, it must fit."""
-    path = file_at(path)
-    if not path.is_file():  # also keeps a pipe or a device from being opened
+def read(path: str | os.PathLike[str], *forms: Format[F], check: Check | None = None) -> F:
+    """A file of one of these formats from the disk, verified."""
+    places = [form.file_at(path) for form in forms]
+    place = next((p for p in places if p.is_file()), None)  # a pipe or device is never opened
+    if place is None:
+        noun = forms[0].noun
         raise ArtifactError(
-            f"{path}: there is no such file. Pass the path of a mask that save_mask wrote, or the "
-            f"directory that holds its {FILE_NAME}."
+            f"{places[0]}: there is no such file. Pass the path of a {noun} that save_{noun} "
+            f"wrote, or the directory that holds its {forms[0].file_name}."
         )
     try:
-        with open(path, "rb") as stream:
-            found = read_stream(stream, os.fstat(stream.fileno()).st_size, model, strict)
+        with open(place, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return read_stream(stream, size, *forms, path=place, check=check)
     except OSError as error:
+        reason = error.strerror or error
         raise ArtifactError(
-            f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions."
+            f"{place} cannot be read: {reason}. Check the file and its permissions."
         ) from error
     except ModelError:
         raise
     except ValueError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-    return MaskFile(path, *found)
+        raise ArtifactError(f"{place}: {error}") from error
 
 
 def read_stream(
-    stream: BinaryIO, size: int, model: nn.Module | None = None, strict: bool = False
-) -> tuple[str, SparseMask, ChosenRows | None, Mapping[str, Any]]:
-    """All of a `MaskFile` but its path. Raises ValueError for whatever is wrong with the file."""
-    raw, metadata, parts, rows = _read_header(stream, size)
-    if model is not None:  # before the payload is expanded: a small file can name a huge space
-        check_match(space_of(parts), metadata["provenance"], model, strict)
-    _check_memory(metadata["count"])
+    stream: BinaryIO,
+    size: int,
+    *forms: Format[F],
+    path: Path = Path(),
+    check: Check | None = None,
+) -> F:
+    """The contents of a file. Raises ValueError for whatever is wrong with it."""
+    raw, metadata, form, plan = _read_header(stream, size, forms)
+    if check is not None:  # before the payload is expanded: a small file can name a huge space
+        check(form, plan, metadata)
+    _check_memory(form, plan.count)
     payload = stream.read()
     if sha256(payload) != metadata.get("payload_sha256"):
         raise ValueError(f"The stored tensors do not have the recorded hash. {AGAIN}")
     data = raw + payload
     try:
-        stored = safetensors.torch.load(data)
-        mask = _mask(parts, stored)
+        return plan.opened(path, sha256(data), metadata, safetensors.torch.load(data))
     except SafetensorError as error:
         raise ValueError(f"The safetensors library refuses the file: {error}. {AGAIN}") from error
     except (MemoryError, RuntimeError) as error:
-        raise _too_large(metadata["count"]) from error
-    samples = None
-    if rows:
-        samples = ChosenRows(stored[f"{SAMPLES}::idx"], stored[f"{SAMPLES}::score"])
-        if bool((samples.ids[1:] < samples.ids[:-1]).any()):
-            raise ValueError(f"The ids of the samples are not in increasing order. {AGAIN}")
-    return sha256(data), mask, samples, metadata
+        raise _too_large(form, plan.count) from error
 
 
-def _check_memory(count: int) -> None:
+def _check_memory(form: Format[Any], count: int) -> None:
     # A fully selected tensor takes no room in the file, so a few bytes can stand for terabytes; and
     # where memory is overcommitted, asking for them succeeds and ends in a kill.
     if hasattr(os, "sysconf"):  # POSIX
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if 8 * count > memory:
-            raise _too_large(count)
+            raise _too_large(form, count)
 
 
-def _too_large(count: int) -> ResourceError:
+def _too_large(form: Format[Any], count: int) -> ResourceError:
     return ResourceError(
-        f"The mask selects {count:,} parameters, which do not fit into memory at 8 bytes each. "
-        "Load it on a machine with more memory; with load_mask(path, model), a mask of another "
-        "model is refused before that."
+        f"The {form.noun} selects {count:,} parameters, which do not fit into memory at 8 bytes "
+        f"each. Load it on a machine with more memory; with load_{form.noun}(path, model), a "
+        f"{form.noun} of another model is refused before that."
     )
 
 
-def _mask(parts: Sequence[Part], stored: Mapping[str, Tensor]) -> SparseMask:
-    space = space_of(parts)
-    pieces = [
-        part.decode(stored) + start
-        for part, start in zip(parts, space.offsets[:-1], strict=True)
-        if part.count
-    ]
-    return SparseMask(space, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64))
-
-
 def _read_header(
-    stream: BinaryIO, size: int
-) -> tuple[bytes, dict[str, Any], tuple[Part, ...], int]:
+    stream: BinaryIO, size: int, forms: tuple[Format[F], ...]
+) -> tuple[bytes, dict[str, Any], Format[F], Plan[F]]:
     """The header's bytes and what they declare, verified, at a cost that no file can raise."""
     prefix = stream.read(8)
     length = int.from_bytes(prefix, "little")
@@ -136,17 +118,18 @@ def _read_header(
             "provenance, or see where the file comes from."
         )
     raw = stream.read(length)
-    text, metadata = _own_metadata(_parsed(raw))
-    parts, rows = _declared(metadata)
-    if canonical({**metadata, **described(parts, rows)}) != text:
+    form, text = _own_text(_parsed(raw), forms)
+    metadata = _own_metadata(form, text)
+    plan = form.declared(metadata)
+    if canonical({**metadata, **plan.described()}) != text:
         raise ValueError(f"The metadata contradicts itself or is not canonical JSON. {AGAIN}")
-    table = table_of(parts, rows)
-    if prefix + raw != header_of(table, text):
+    table = table_of(plan.layouts())
+    if prefix + raw != header_of(form, table, text):
         raise ValueError(f"The header does not list what its metadata declares. {AGAIN}")
     expected = 8 + length + max((e["data_offsets"][1] for e in table.values()), default=0)
     if size != expected:
         raise ValueError(f"The file has {size} bytes; its header speaks of {expected}. {AGAIN}")
-    return prefix + raw, metadata, parts, rows
+    return prefix + raw, metadata, form, plan
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
@@ -165,63 +148,39 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _own_metadata(header: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The `ird_mask` text and what it says, of a version that is known here."""
-    outer = header.get("__metadata__")
-    text = outer.get("ird_mask") if isinstance(outer, dict) else None
-    if not isinstance(text, str):
-        names = [key for key in header if key != "__metadata__"]
-        few = ", ".join(clip(name, 40) for name in names[:3])
-        raise ValueError(
-            f"This is no ird-mask: the header has no `ird_mask` text. It lists {len(names):,} "
-            f"tensors ({few}). Pass a file that save_mask wrote."
-        )
+def _own_text(header: Mapping[str, Any], forms: tuple[Format[F], ...]) -> tuple[Format[F], str]:
+    """Which of the formats the file has, and its JSON text."""
+    said = header.get("__metadata__")
+    said = said if isinstance(said, dict) else {}
+    for form in forms:
+        if isinstance(text := said.get(form.key), str):
+            return form, text
+    wanted = " or ".join(form.name for form in forms)
+    for noun in {"mask", "delta"} - {form.noun for form in forms}:
+        if f"ird_{noun}" in said:
+            raise ValueError(
+                f"This is an ird-{noun}, no {wanted}. Read it with load_{noun} or inspect_{noun}"
+                + ("; its mask is load_delta(path).mask." if noun == "delta" else ".")
+            )
+    names = [key for key in header if key != "__metadata__"]
+    few = ", ".join(clip(name, 40) for name in names[:3])
+    raise ValueError(
+        f"This is no {wanted}: the header has no `{forms[0].key}` text. It lists {len(names):,} "
+        f"tensors ({few}). Pass a file that save_{forms[0].noun} wrote."
+    )
+
+
+def _own_metadata(form: Format[Any], text: str) -> dict[str, Any]:
+    """What the JSON text says, of a version that is known here."""
     metadata = _parsed(text.encode(errors="replace"))
     version = metadata.get("format_version")
     if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
-        raise ValueError(f"format_version is {clip(version)}, not like {FORMAT_VERSION}. {AGAIN}")
-    if version.partition(".")[0] != FORMAT_VERSION.partition(".")[0]:
+        raise ValueError(f"format_version is {clip(version)}, not like {form.version}. {AGAIN}")
+    if version.partition(".")[0] != form.major:
         raise ValueError(
-            f"The file is ird-mask {version}; this ird_search reads ird-mask 1. Update ird_search, "
-            "or write the mask again with this version."
+            f"The file is {form.name} {version}; this ird_search reads {form.name} {form.major}. "
+            f"Update ird_search, or write the {form.noun} again with this version."
         )
     if not isinstance(metadata.get("provenance"), dict):
         raise ValueError(f"The metadata holds no provenance object. {AGAIN}")
-    return text, metadata
-
-
-def _declared(metadata: Mapping[str, Any]) -> tuple[tuple[Part, ...], int]:
-    """The parts and the number of rows that the metadata declares, their types checked."""
-    order, params, rows = metadata.get("order"), metadata.get("params"), metadata.get("samples")
-    if not (isinstance(order, list) and isinstance(params, dict) and _is_size(rows)):
-        raise ValueError(f"The metadata lacks a sound `order`, `params` or `samples`. {AGAIN}")
-    if len(order) > _MAX_TENSORS:
-        raise ValueError(f"{len(order):,} tensors are declared; at most {_MAX_TENSORS:,} may be.")
-    parts = []
-    for name in order:
-        entry = params.get(name) if isinstance(name, str) else None
-        entry = entry if isinstance(entry, dict) else {}
-        shape, count = entry.get("shape"), entry.get("count")
-        if not (
-            isinstance(shape, list)
-            and len(shape) <= _MAX_RANK
-            and all(map(_is_size, shape))
-            and name.isprintable()
-            and name != SAMPLES
-        ):
-            raise ValueError(
-                f"Tensor {clip(name)} is declared as {clip(entry)}; a printable name other than "
-                f"{SAMPLES}, and a shape of at most {_MAX_RANK} sizes, are accepted."
-            )
-        if not _is_size(count) or count > prod(shape):
-            raise ValueError(f"Tensor {clip(name)} is declared as {clip(entry)}. {AGAIN}")
-        parts.append(Part(name, tuple(shape), count))
-    if len(set(order)) < len(order) or not _is_size(sum(part.numel for part in parts)):
-        raise ValueError(
-            f"A tensor is declared twice, or all have more than {_MAX_NUMEL:,} entries. {AGAIN}"
-        )
-    return tuple(parts), rows
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= _MAX_NUMEL  # a bool is no size
+    return metadata

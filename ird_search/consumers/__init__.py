@@ -1,0 +1,1 @@
+"""Masks in other trainers: one module for each library, imported only where it is asked for."""

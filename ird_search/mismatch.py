@@ -1,0 +1,144 @@
+"""Why a model cannot hold a mask: the differences, and what likely lies behind them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+
+from torch import nn
+
+from ird_search.parameters import ParameterSpace
+
+SHOWN = 10
+"""How many tensors that differ an error lists."""
+
+_WRAPPERS = {"base_model.model.": "PEFT", "module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def mismatch(space: ParameterSpace, model: nn.Module, what: str = "mask") -> str:
+    """The text of the error when `model` does not hold `space`; empty when it does.
+
+    It names up to ten tensors that are missing or have another shape, and the likely cause.
+
+    Args:
+        what: what belongs to the space: a mask or a delta.
+
+    Example:
+        >>> space = ParameterSpace(("weight",), ((1, 3),))
+        >>> print(mismatch(space, nn.Linear(2, 1)))
+        This mask belongs to another model: 1 of 1 tensors differ.
+          - weight is [1, 2], not [1, 3]
+        Likely: another size of the model, vocabulary or head, or quantised weights. Load the same
+        model.
+        >>> mismatch(space, nn.Linear(3, 1))
+        ''
+    """
+    differences = space.differences(model)
+    if not differences:
+        return ""
+    count = f"{len(differences)} of {len(space.names)} tensors differ"
+    head = f"This {what} belongs to another model: {count}."
+    return f"{listed(head, differences)}\nLikely: {_likely_cause(space, model, what)}"
+
+
+def listed(head: str, lines: Sequence[str]) -> str:
+    """A sentence, and under it a line for each tensor that differs: up to ten."""
+    more = len(lines) - SHOWN
+    rest = [f"{more} more tensors differ."] if more > 0 else []
+    return "\n  - ".join([head, *lines[:SHOWN], *rest])
+
+
+def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
+    """Why the names or shapes differ, and what to do, as far as the names tell."""
+    held = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = dict(zip(space.names, space.shapes, strict=True))
+    missing = [name for name in wanted if name not in held]
+    if not missing:
+        return (
+            "another size of the model, vocabulary or head, or quantised weights. Load the same "
+            "model."
+        )
+    for prefix, wrapper in _WRAPPERS.items():
+        here, there = _all_under(prefix, held), _all_under(prefix, wanted)
+        if here and not there:
+            return (
+                f"this model is wrapped by {wrapper} (prefix {prefix!r}). Use the {what} on the "
+                "model as it is before wrapping."
+            )
+        if there and not here:
+            return (
+                f"the {what} was made on a model wrapped by {wrapper} (prefix {prefix!r}). Wrap "
+                "this model in the same way first."
+            )
+    if not {n for n, _ in model.named_parameters(remove_duplicate=False)}.isdisjoint(missing):
+        return (
+            "tied weights. Here the tensor is a second name of another one; load the model with "
+            f"the same tying as when the {what} was made."
+        )
+    if change := _renaming({name: wanted[name] for name in missing}, held, wanted):
+        return _renamed(*change, what)
+    if _without_numbers(missing) <= _without_numbers(held):
+        return f"another size: this model has fewer layers. Load the one that the {what} is of."
+    parts = {name.partition(".")[0] for name in missing}
+    if len(missing) < len(wanted) and parts.isdisjoint(name.partition(".")[0] for name in held):
+        lacking = " and ".join(map(repr, sorted(parts)))
+        return (
+            f"this model is without its part {lacking}. Load it through the same class as when the "
+            f"{what} was made."
+        )
+    return (
+        "another architecture, or another major version of transformers, which renames tensors. "
+        f"Compare the base model and the versions with those that the {what} was made with."
+    )
+
+
+def _renamed(old: str, new: str, what: str) -> str:
+    if old and new:
+        return (
+            f"renamed tensors: {old!r} is {new!r} here. Another major version of transformers "
+            f"names them otherwise: load the model with the one that the {what} was made with."
+        )
+    return (
+        "one of the two is the base model and the other has a task head on it (prefix "
+        f"{old or new!r}). Load the model through the same class as when the {what} was made."
+    )
+
+
+def _renaming(missing: Shapes, held: Shapes, wanted: Shapes) -> tuple[str, str] | None:
+    """The change of prefix, from wanted to held, that explains more than half of the missing."""
+    spare = {name: shape for name, shape in held.items() if name not in wanted}
+    changes = Counter[tuple[str, str]]()
+    for name, shape in list(missing.items())[:SHOWN]:
+        alike = [other for other, its in spare.items() if its == shape]
+        other = max(alike, key=lambda other: len(_shared_end(name, other)), default="")
+        end = _shared_end(name, other)
+        if "." in end or end in (name, other or None):  # else one word, which says nothing
+            changes[name.removesuffix(end), other.removesuffix(end)] += 1
+    for (old, new), _ in changes.most_common(1):
+        explained = sum(
+            name.startswith(old) and spare.get(new + name.removeprefix(old)) == shape
+            for name, shape in missing.items()
+        )
+        if 2 * explained > len(missing):
+            return old, new
+    return None
+
+
+def _shared_end(name: str, other: str) -> str:
+    """The dotted words that two names end in alike: `b.c` of `a.b.c` and `x.b.c`."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    words = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return ".".join(reversed(words))
+
+
+def _all_under(prefix: str, names: Iterable[str]) -> bool:
+    names = list(names)
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _without_numbers(names: Iterable[str]) -> set[str]:
+    return {re.sub(r"\d+", "#", name) for name in names}
