@@ -60,6 +60,12 @@ class SearchConfig:
     rounds: int = setting(4, "geometric steps from everything to the target", low=1, high=64)
     patience: int = setting(2, "rounds without improvement before the walk stops", low=1)
     warmup_steps: int = setting(40, "steps the head alone is trained before scoring", low=0)
+    scoring_steps: int | None = setting(
+        None,
+        "steps that all is trained before it is scored, and then put back; by default 20 where a "
+        "candidate matrix is all zero (LoRA's B), else 0",
+        low=0,
+    )
     proxy_steps: int = setting(40, "optimizer steps of one proxy fine-tune", low=1)
     batch_size: int = setting(16, "samples in one optimizer step", low=1)
     learning_rate: float | None = setting(
@@ -76,6 +82,11 @@ class SearchConfig:
     seeds: int = setting(3, "repeats of the winner and the controls for the verdict", low=1)
     head: tuple[str, ...] | None = setting(
         None, "regular expressions of head parameters, instead of the automatic choice"
+    )
+    groups: tuple[str, ...] | None = setting(
+        None,
+        "regular expressions of parameters with a share of the budget of their own; by default "
+        "LoRA's A and B",
     )
     embeddings: bool = setting(False, "let embedding tables be candidates too")
     include: tuple[str, ...] = setting((), "regular expressions: only these are candidates")

@@ -30,7 +30,7 @@ from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
 from ird_search.task import Task, logits_of
-from ird_search.training import finetune, snapshot
+from ird_search.training import Snapshot, finetune, snapshot
 
 Kind = Literal["ird", "fish", "random", "full", "head"]
 
@@ -209,6 +209,20 @@ class Proxies:
     def head_only(self) -> Candidate:
         """The candidate without a mask."""
         return Candidate("head", _empty(self.problem.space))
+
+    def full(self) -> Candidate:
+        """The candidate that trains everything."""
+        return Candidate("full", _empty(self.problem.space))
+
+    def advanced(self, steps: int) -> Snapshot:
+        """All that is trained, after so many steps of training it; the model stays as it was."""
+        start = snapshot(self.problem.model)
+        try:
+            seed = derive(self.config.seed, "scoring point")
+            self._train(self.full(), self.full().start_rate(), seed, steps)
+            return snapshot(self.problem.model)
+        finally:
+            start.restore()
 
     def score(self, candidate: Candidate) -> ProxyScore:
         """The candidate's best trial over learning rates a factor of 3 apart.

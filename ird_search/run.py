@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import nn
 from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
 from ird_search.borrow import borrowed
+from ird_search.budgets import Budgets
 from ird_search.config import SearchConfig
 from ird_search.errors import UsageError
-from ird_search.fisher import Engine, FisherMatrix, make_engine
+from ird_search.fisher import Elsewhere, Engine, FisherMatrix, make_engine
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
@@ -25,6 +26,7 @@ from ird_search.progress import Progress
 from ird_search.proxy import Candidate, Proxies, Trial
 from ird_search.rundir import MASK, REPORT, ROUNDS, RunDirectory
 from ird_search.samples import SampleSet
+from ird_search.scoring import ScoringPoint, scoring_steps
 from ird_search.search import MOVES, Ranges, Round, Scored, SearchState, search
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
@@ -97,6 +99,7 @@ class Run:
         self, problem: Problem, config: SearchConfig, place: RunDirectory | None, show: Progress
     ) -> None:
         self.problem, self.config, self.place, self.show = problem, config, place, show
+        self.budgets = Budgets.of(problem.space, config.groups)
         self.study = Study(place.study if place else None)
         self.proxies = Proxies(
             problem, config, Ledger(place.ledger if place else None), on_trial=self._told
@@ -111,7 +114,13 @@ class Run:
             pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
             samples = problem.train.select(pool)
             fisher = open_fisher(
-                problem.model, problem.task, problem.space, samples, config, problem.device
+                problem.model,
+                problem.task,
+                problem.space,
+                samples,
+                config,
+                problem.device,
+                point=self._scoring_point(),
             )
             state = self._search(fisher, len(samples))
             winner = state.best
@@ -145,6 +154,15 @@ class Run:
             f"(pool {c.pool}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
         )
 
+    def _scoring_point(self) -> ScoringPoint | None:
+        """Where F is computed, if that is not where the proxies start."""
+        model = self.problem.model
+        steps = scoring_steps(self.config.scoring_steps, model, self.problem.space)
+        if not steps:
+            return None
+        self.show.say(f"Fisher scores are taken after {steps} steps of training everything.")
+        return ScoringPoint(snapshot(model), self.proxies.advanced(steps))
+
     def _search(self, fisher: FisherMatrix, pool: int) -> SearchState:
         c, space = self.config, self.problem.space
         ranges = Ranges.geometric(
@@ -174,6 +192,7 @@ class Run:
             ranges,
             strategy=c.strategy,
             patience=c.patience,
+            budgets=self.budgets,
             on_round=on_round,
         )
 
@@ -185,6 +204,7 @@ class Run:
             self.proxies,
             seeds=self.config.seeds,
             seed=self.config.seed,
+            budgets=self.budgets,
         )
 
     def _notes(self, winner: Scored, fisher: FisherMatrix) -> list[str]:
@@ -195,6 +215,13 @@ class Run:
             notes.append(
                 f"Only {winner.mask.count:,} of the {budget:,} parameters asked for are selected: "
                 "no other has a score above zero."
+            )
+        if fisher.silent:
+            rest = "" if len(fisher.silent) < 2 else f" and {len(fisher.silent) - 1} more"
+            notes.append(
+                f"No gradient reaches {fisher.silent[0]}{rest}: all scores of these tensors are "
+                "exactly zero, so nothing in them is selected. Where an adapter starts at zero, "
+                "raise scoring_steps."
             )
         if fisher.excluded:
             notes.append(
@@ -227,6 +254,8 @@ class Run:
             "sentence": verdict.sentence("random"),
             "fisher": {
                 "path": fisher.engine.path,
+                "groups": self.budgets.counts(winner.mask.coords),
+                "silent_tensors": list(fisher.silent),
                 "excluded_samples": ids[sorted(fisher.excluded)].tolist(),
             },
             "notes": self._notes(winner, fisher),
@@ -241,12 +270,19 @@ def open_fisher(
     samples: SampleSet,
     config: SearchConfig,
     device: torch.device,
+    *,
+    point: ScoringPoint | None = None,
 ) -> FisherMatrix:
-    """The matrix of a model on a sample set, by the fastest path that passes the self-check."""
-    rows = torch.arange(min(CHECKED, len(samples)))
-    engine: Engine = make_engine(
-        model, task, space, example=samples.batch(rows, device), method=config.method
-    )
+    """The matrix of a model on a sample set, by the fastest path that passes the self-check.
+
+    Args:
+        point: the weights to take gradients at, if not the model's own.
+    """
+    example = samples.batch(torch.arange(min(CHECKED, len(samples))), device)
+    with point.visited() if point else nullcontext():
+        engine: Engine = make_engine(model, task, space, example=example, method=config.method)
+    if point:
+        engine = Elsewhere(engine, point.visited)
     return FisherMatrix(
         engine,
         samples,

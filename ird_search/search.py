@@ -30,12 +30,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ird_search.budgets import Budgets
 from ird_search.config import Strategy
 from ird_search.errors import ModelError
 from ird_search.fisher import FisherMatrix
 from ird_search.mask import SparseMask
 from ird_search.proxy import Candidate, ProxyScore, require_success
-from ird_search.selection import decreasing_range, ranks, top_k
+from ird_search.selection import decreasing_range, top_k
 
 Move = Literal["both", "columns", "rows", "window"]
 MOVES: dict[Strategy, tuple[Move, ...]] = {
@@ -128,23 +129,28 @@ def search(
     *,
     strategy: Strategy = "walk",
     patience: int = 2,
+    budgets: Budgets | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> SearchState:
     """Narrow until the target is reached and nothing has improved for `patience` rounds.
 
     Args:
         judge: scores a candidate mask; lower is better.
+        budgets: how k is shared among groups of parameters; by default there is one group.
         on_round: told of each round as it ends.
 
     Raises:
         NoProxySucceeded: every proxy at the target failed.
         ModelError: no candidate parameter has a gradient.
     """
+    budgets = budgets or Budgets.of(fisher.space, ())
     state, target = SearchState(Pair(torch.arange(ranges.rows[0]))), len(ranges.columns) - 1
     while state.stale < patience:
         nominated = tuple(
             Scored(move, pair, mask, judge(_candidate(state, pair, mask)))
-            for move, pair, mask in nominate(fisher, state.pair, ranges, MOVES[strategy])
+            for move, pair, mask in nominate(
+                fisher, state.pair, ranges, moves=MOVES[strategy], budgets=budgets
+            )
         )
         if not nominated:
             break
@@ -163,7 +169,12 @@ def search(
 
 
 def nominate(
-    fisher: FisherMatrix, pair: Pair, ranges: Ranges, moves: tuple[Move, ...]
+    fisher: FisherMatrix,
+    pair: Pair,
+    ranges: Ranges,
+    *,
+    moves: tuple[Move, ...],
+    budgets: Budgets,
 ) -> Iterator[tuple[Move, Pair, SparseMask]]:
     """The pairs that one round compares; what is no new pair is left out."""
     shrunk = min(pair.shrunk + 1, len(ranges.rows) - 1)
@@ -181,7 +192,7 @@ def nominate(
         if known not in scored:
             scored[known] = fisher.column_scores(rows, is_open)
         k = ranges.columns[step]
-        chosen = ranks(scored[known], k if move == "window" else 0, k)
+        chosen = budgets.ranks(scored[known], is_open, k if move == "window" else 0, k)
         mask = SparseMask(fisher.space, chosen if is_open is None else is_open[chosen])
         if not mask.count and move != "window":
             raise ModelError(
@@ -192,7 +203,8 @@ def nominate(
         if key not in seen and (mask.count == k or move != "window"):
             seen.add(key)
             if move == "window":
-                is_open = _without(is_open, ranks(scored[known], 0, k), scored[known].numel())
+                top = budgets.ranks(scored[known], is_open, 0, k)
+                is_open = _without(is_open, top, scored[known].numel())
             went = shrunk if move in ("both", "rows") else pair.shrunk
             yield move, Pair(rows, is_open, mask.coords, went, step), mask
 

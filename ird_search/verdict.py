@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from ird_search.budgets import Budgets
 from ird_search.fisher import FisherMatrix
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
@@ -22,7 +23,7 @@ from ird_search.proxy import Candidate, Kind, Proxies, ProxyScore, Trial
 from ird_search.samples import SampleSet
 from ird_search.search import Scored
 from ird_search.seeds import derive
-from ird_search.selection import random_subset, ranks
+from ird_search.selection import random_subset
 
 NAMES: dict[Kind, str] = {
     "ird": "IRD (this mask)",
@@ -134,13 +135,14 @@ def give_verdict(
     *,
     seeds: int,
     seed: int,
+    budgets: Budgets | None = None,
 ) -> Verdict:
     """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
 
     Random controls draw another mask, or other rows, for each seed.
     """
-    entries = []
-    for kind, candidate in _controls(winner, fisher, proxies, seed=seed):
+    budgets, entries = budgets or Budgets.of(fisher.space, ()), []
+    for kind, candidate in _controls(winner, fisher, proxies, seed=seed, budgets=budgets):
         first = candidate(0)
         probe = winner.proxy if kind == "ird" else proxies.score(first)
         trials = []
@@ -157,26 +159,34 @@ def give_verdict(
 
 
 def _controls(
-    winner: Scored, fisher: FisherMatrix, proxies: Proxies, *, seed: int
+    winner: Scored, fisher: FisherMatrix, proxies: Proxies, *, seed: int, budgets: Budgets
 ) -> Iterator[tuple[Kind, Callable[[int], Candidate]]]:
     space, count = winner.mask.space, winner.mask.count
     yield "ird", lambda s: Candidate("ird", winner.mask, winner.pair.rows.numel())
     yield (
         "fish",
-        partial(_fish, fisher, proxies.problem.train, winner.pair.rows.numel(), count, seed),
+        partial(
+            _fish, fisher, proxies.problem.train, winner.pair.rows.numel(), count, budgets, seed
+        ),
     )
     yield "random", partial(_random, space, count, seed)
-    yield "full", lambda s: Candidate("full", proxies.head_only().mask)
+    yield "full", lambda s: proxies.full()
     yield "head", lambda s: proxies.head_only()
 
 
 def _fish(
-    fisher: FisherMatrix, train: SampleSet, rows: int, count: int, seed: int, s: int
+    fisher: FisherMatrix,
+    train: SampleSet,
+    rows: int,
+    count: int,
+    budgets: Budgets,
+    seed: int,
+    s: int,
 ) -> Candidate:
     """FISH Mask (Sung et al. 2021): random training rows, the columns with the largest mean."""
     drawn = random_subset(len(train), rows, seed=derive(seed, "fish", s))
     there = fisher.on(train.select(drawn))
-    columns = ranks(there.column_scores(torch.arange(rows)), 0, count)
+    columns = budgets.ranks(there.column_scores(torch.arange(rows)), None, 0, count)
     return Candidate("fish", SparseMask(fisher.space, columns), rows)
 
 

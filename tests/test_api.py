@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,38 +153,6 @@ def test_pixel_values() -> None:
     assert not any(
         n.endswith(("cls_token", "position_embeddings")) for n in result.mask.space.names
     )
-
-
-@pytest.fixture(scope="module")
-def lora() -> nn.Module:
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        return peft.get_peft_model(tiny_bert(), config)
-
-
-def test_of_a_wrapped_model_only_the_adapters_are_candidates(lora: nn.Module) -> None:
-    before = bits(lora)
-    result = quick(lora, TEXTS, processor=tiny_tokenizer(), density=0.1)
-    well_formed(result)
-    assert same_bits(before, lora)
-    assert all(".lora_" in name for name in result.mask.space.names)
-    assert all(".modules_to_save." in name for name in result.provenance["head"])
-    # B is zero, so no gradient reaches A: it is never selected, and its score is told as it is
-    assert all(".lora_B." in name for name in result.mask.indices)
-
-
-def test_exactly_zero_scores_are_told_as_they_are(lora: nn.Module) -> None:
-    scores = fisher_scores(lora, TEXTS, processor=tiny_tokenizer(), device="cpu")
-    for name, score in scores.by_parameter.items():
-        assert bool((score == 0).all()) == (".lora_A." in name), name
-    # half of the candidates have a score: a mask cannot hold more
-    result = quick(lora, TEXTS, processor=tiny_tokenizer(), density=0.9)
-    scored = sum(int((s > 0).sum()) for s in scores.by_parameter.values())
-    assert result.mask.count == scored < result.config.budget(scores.space.numel)
-    (note,) = result.provenance["notes"]
-    assert note in result.table() and note.startswith(f"Only {scored:,} of the ")
 
 
 # --- the model is handed back -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ird_search import search as module
+from ird_search.budgets import Budgets
 from ird_search.errors import ModelError, NoProxySucceeded
 from ird_search.mask import SparseMask
 from ird_search.search import (
@@ -31,6 +32,12 @@ from tests.toy import DenseFisher, Script, scored
 def matrix(rows: int = 16, columns: int = 64, seed: int = 0) -> Tensor:
     """Positive entries without ties."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) + 0.01
+
+
+def nominate(fisher: Any, pair: Pair, sizes: Ranges, groups: tuple[str, ...] = ()) -> Any:
+    """All that a walk nominates."""
+    budgets = Budgets.of(fisher.space, groups)
+    return module.nominate(fisher, pair, sizes, moves=MOVES["walk"], budgets=budgets)
 
 
 def run(values: Tensor, answer: Any, *, budget: int = 4, rounds: int = 3, **more: Any) -> Any:
@@ -86,7 +93,7 @@ def test_the_walk_goes_where_the_scores_are_best(wanted: str) -> None:
     sizes = Ranges.geometric(16, 64, min_samples=2, budget=4, rounds=3)
     state = SearchState(Pair(torch.arange(16)))
     for _ in range(3):
-        found = list(module.nominate(fisher, state.pair, sizes, MOVES["walk"]))
+        found = list(nominate(fisher, state.pair, sizes))
         numbers = iter([0.1 if move == wanted else 0.2 for move, _, _ in found])
         nominated = tuple(
             Scored(move, pair, mask, scored(next(numbers))) for move, pair, mask in found
@@ -216,7 +223,7 @@ def test_each_move_by_brute_force() -> None:
     fisher: Any = DenseFisher(values)
     sizes = Ranges((16, 8, 4, 2), (64, 32, 12, 4))
     at = Pair(torch.arange(16), torch.arange(50), torch.arange(5, 37), 1, 1)
-    found = {m: (p, k) for m, p, k in module.nominate(fisher, at, sizes, MOVES["walk"])}
+    found = {m: (p, k) for m, p, k in nominate(fisher, at, sizes)}
 
     def best(rows: list[int], columns: list[int], skip: int = 0) -> list[int]:
         c = {j: float(values[rows, j].mean()) for j in columns}
@@ -333,7 +340,7 @@ def test_a_failed_proxy_is_never_moved_to_beside_a_good_one() -> None:
     failing = {"window"}
     fisher: Any = DenseFisher(matrix())
     sizes = Ranges.geometric(16, 64, min_samples=2, budget=4, rounds=3)
-    found = module.nominate(fisher, Pair(torch.arange(16)), sizes, MOVES["walk"])
+    found = nominate(fisher, Pair(torch.arange(16)), sizes)
     nominated = tuple(
         Scored(m, p, k, scored(0.0 if m in failing else 9.0, failure="x" * (m in failing)))
         for m, p, k in found

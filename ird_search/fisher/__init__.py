@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ird_search.fisher.engine import Contribution, Engine, Joined
+from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.matrix import FisherMatrix, Marginals
@@ -29,6 +29,7 @@ from ird_search.task import Task
 
 __all__ = [
     "Contribution",
+    "Elsewhere",
     "Engine",
     "FallbackWarning",
     "FisherMatrix",

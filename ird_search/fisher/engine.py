@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,23 @@ class Joined:
         for c in self.rest.gradients(batch):
             tensors = {name: g.select(c.part) for name, g in first.tensors.items()}
             yield Contribution(c.part, {**tensors, **c.tensors}, c.finite & first.finite[c.part])
+
+
+class Elsewhere:
+    """A path whose gradients are taken at other weights than the model has.
+
+    Args:
+        engine: the path.
+        there: within this context the model has those weights.
+    """
+
+    def __init__(self, engine: Engine, there: Callable[[], AbstractContextManager[object]]) -> None:
+        self.engine, self.there = engine, there
+        self.path, self.names = engine.path, engine.names
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        with self.there():
+            yield from self.engine.gradients(batch)
 
 
 def parameters_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

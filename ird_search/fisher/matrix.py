@@ -96,11 +96,14 @@ class FisherMatrix:
         self.excluded_share = excluded_share
         self.excluded: set[int] = set()
         """Positions of samples whose log-likelihood or gradient is not finite."""
+        self.silent: tuple[str, ...] = ()
+        """Tensors that no gradient reached in the first pass over all parameters: all zero."""
         self.passes = 0.0
         """Forward and backward passes over the whole sample set that were needed so far."""
         self._kept: list[tuple[Tensor, dict[str, SampleGradients]]] = []
         self._kept_bytes: dict[int, int] = {}
         self._tile: _Tile | None = None
+        self._heard = False
 
     def on(self, samples: SampleSet) -> FisherMatrix:
         """The matrix of the same model on a few other samples.
@@ -135,6 +138,9 @@ class FisherMatrix:
                 for n, g in tensors.items()
             ]
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
+        if not self._heard:
+            self._heard = True
+            self.silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
         return Marginals(self._marked(scores)[rows], sums.div_(self._finite(rows)).cpu())
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:

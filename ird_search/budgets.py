@@ -1,0 +1,130 @@
+"""`Budgets`: one budget, or one for each group of parameters.
+
+Scores of different kinds of parameters do not compare. In LoRA, W + B A with B = 0 at the start,
+the gradient of A is exactly zero and afterwards grows with B: one ranking over both would give
+nearly all of the budget to B, whatever A is worth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ird_search.errors import UsageError
+from ird_search.parameters import ParameterSpace
+from ird_search.selection import ranks
+
+LORA = (r"\.lora_(embedding_)?A\b", r"\.lora_(embedding_)?B\b")
+"""The two factors of LoRA and DoRA."""
+
+REST = "the rest"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Disjoint groups of tensors; each gets a share of a budget in proportion to its size.
+
+    Args:
+        space: the candidate parameters.
+        groups: tensor names by the group's name. Together they are the space.
+
+    Example:
+        >>> space = ParameterSpace(("a", "b"), ((4,), (8,)))
+        >>> budgets = Budgets.of(space, ["a"])
+        >>> budgets.shares(6)
+        (2, 4)
+        >>> scores = torch.tensor([0.0, 0.0, 0.0, 1.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
+        >>> budgets.ranks(scores, None, 0, 6)  # of "a", no other score is above zero
+        tensor([3, 4, 5, 6, 7])
+    """
+
+    space: ParameterSpace
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, space: ParameterSpace, patterns: Sequence[str] | None = None) -> Budgets:
+        """A group for each pattern, in order, and one for the rest.
+
+        Args:
+            patterns: regular expressions searched in the names. By default LoRA's two factors,
+                where both are there; an empty list means one budget for all.
+
+        Raises:
+            UsageError: a pattern matches nothing that an earlier one has left.
+        """
+        if patterns is None:
+            found = [any(re.search(p, name) for name in space.names) for p in LORA]
+            patterns = LORA if all(found) else ()
+        left, groups = list(space.names), []
+        for pattern in patterns:
+            names = tuple(name for name in left if re.search(pattern, name))
+            groups.append((pattern, names))
+            left = [name for name in left if name not in names]
+        if empty := [pattern for pattern, names in groups if not names]:
+            raise UsageError(
+                f"groups pattern {p!r} matches no candidate parameter that no earlier pattern "
+                f"matched. Names look like {list(space.names[:3])}."
+                for p in empty
+            )
+        if left:
+            groups.append((REST, tuple(left)))
+        return cls(space, tuple(groups))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Parameters in each group."""
+        return tuple(
+            sum(self.space.span(n).stop - self.space.span(n).start for n in names)
+            for _, names in self.groups
+        )
+
+    def shares(self, k: int) -> tuple[int, ...]:
+        """k entries shared among the groups in proportion to their sizes; they sum to k.
+
+        Webster's method, size/(2 s + 1): a larger k never gives a group less.
+        """
+        total = max(1, self.space.numel)
+        shares = [max(0, k * size // total - 1) for size in self.sizes]
+        while sum(shares) < k:
+            worth = [size / (2 * s + 1) for size, s in zip(self.sizes, shares, strict=True)]
+            shares[worth.index(max(worth))] += 1
+        return tuple(shares)
+
+    def ranks(self, scores: Tensor, is_open: Tensor | None, skip: int, k: int) -> Tensor:
+        """The best k of each group's share, behind the best `skip`: positions in `scores`.
+
+        Only positive scores count, so fewer than k come back where a group has fewer.
+
+        Args:
+            scores: [n], of the open columns.
+            is_open: their sorted coordinates; None for all of the space.
+        """
+        if len(self.groups) == 1:
+            return ranks(scores, skip, k)
+        chosen = []
+        shares = zip(self.groups, self.shares(skip), self.shares(k), strict=True)
+        for (_, names), skipped, share in shares:
+            places = torch.cat([*self._places(names, is_open), torch.empty(0, dtype=torch.int64)])
+            chosen.append(places[ranks(scores[places], skipped, share)])
+        return torch.cat(chosen).sort().values
+
+    def counts(self, coords: Tensor) -> dict[str, int]:
+        """How many of some sorted coordinates lie in each group."""
+        return {
+            label: sum(p.numel() for p in self._places(names, coords))
+            for label, names in self.groups
+        }
+
+    def _places(self, names: Sequence[str], is_open: Tensor | None) -> Iterator[Tensor]:
+        """Where some tensors' columns lie among the open ones."""
+        for name in names:
+            span = self.space.span(name)
+            start, stop = span.start, span.stop
+            if is_open is not None:
+                start, stop = torch.searchsorted(is_open, torch.tensor([start, stop])).tolist()
+            yield torch.arange(start, stop)
