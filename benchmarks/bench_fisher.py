@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import RESULTS, write_result
+from record import RESULTS, peak_of, write_result
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -199,19 +199,7 @@ def peak(name: str, tokens: int, *, embeddings: bool) -> float:
     small = setting(8, embeddings=False, count=2)
     way(PLAIN, small)()  # what libraries allocate once belongs to no way
     del small
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _memory("VmRSS")
-    way(name, s)()
-    return _memory("VmHWM") - before
-
-
-def _memory(field: str) -> float:
-    """A figure of this process in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
+    return peak_of(way(name, s))
 
 
 # --- a whole search, and the selection -----------------------------------------------------------
@@ -260,10 +248,7 @@ def selection(*, rounds: int) -> dict[str, Any]:
     calls = {"torch.topk": lambda: torch.topk(scores, k), "top_k": lambda: top_k(scores, k)}
     extra = {}
     for name in ("top_k", "torch.topk"):  # the modest one first: it must not find freed memory
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _memory("VmRSS")
-        calls[name]()
-        extra[name] = {"extra_mb": round(_memory("VmHWM") - before, 1)}
+        extra[name] = {"extra_mb": round(peak_of(calls[name]), 1)}
     times = [{n: timed(c) for n, c in calls.items()} for _ in range(rounds)]
     found = {n: {**t, **extra[n]} for n, t in summary(times, base="torch.topk").items()}
     return {"scores": SCORES, "k": k, "ways": found}

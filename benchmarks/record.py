@@ -1,9 +1,11 @@
-"""The one way a benchmark's figures reach the disk: beside what they were made with."""
+"""What benchmarks share: how peaks are taken, and how figures reach the disk, beside what they
+were made with."""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,23 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     here = environment()
     _write(folder / "environment.json", here)
     return _write(folder / f"{name}.json", {**result, "environment": here})
+
+
+def peak_of(call: Callable[[], object]) -> float:
+    """MB that a call needs on top of what is resident before it (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> float:
+    """A figure of this process in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: `ird-search run | demo | inspect | env`.
+"""The command line: `ird-search run | demo | inspect | compare | merge | export | import | env`.
 
 Only light modules are imported here at the top: `--help` must answer at once, and torch takes
 seconds. What a command needs it imports when it runs.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,13 +35,16 @@ app = typer.Typer(
 )
 
 EXIT_CODES = """\b
-Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask file, 6 no proxy succeeded,
+Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
 75 out of memory or disk (the same command goes on), 130/143 interrupted (likewise)."""
 
 GOES_ON = "The same command goes on where this one stopped."
 SMALLER = "Lower --batch-size, --fisher-tokens or --cache-mb."
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Base = Annotated[str | None, typer.Option("--model", help="the base model: a directory or hub id")]
+Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
+Written = Annotated[Path, typer.Option("--output", "-o", help="what to write; must not be there")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
 
 
@@ -147,7 +150,7 @@ def run(
     eval_data: Annotated[
         str | None, typer.Option(help="held-out data; by default a validation split or a part")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    revision: Revision = None,
     config: Annotated[
         Path | None, typer.Option(help="a YAML file with these settings; options override it")
     ] = None,
@@ -190,14 +193,110 @@ def demo(
 @app.command(name="inspect")
 @guarded
 def inspect_(
-    mask: Annotated[
-        Path, typer.Argument(help="a mask.safetensors, or the directory that holds it")
+    file: Annotated[
+        Path, typer.Argument(help="a mask or delta file, or the directory that holds a mask")
     ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Verify a mask file and tell what it holds."""
-    found = import_module("ird_search.artifact").inspect_mask(mask)
+    """Verify a mask or delta file and tell what it holds."""
+    found = import_module("ird_search.artifact").inspect_file(file)
     print(json.dumps(found.metadata, indent=1, sort_keys=True) if as_json else found.describe())
+
+
+@app.command()
+@guarded
+def compare(
+    a: Annotated[Path, typer.Argument(help="a mask file, or the directory that holds it")],
+    b: Annotated[Path, typer.Argument(help="another one")],
+    tensors: Annotated[int, typer.Option(help="tensors to list", min=0)] = 10,
+    as_json: JsonFlag = False,
+) -> None:
+    """What two masks share, beside what two random masks of their sizes would.
+
+    No model is needed.
+    """
+    found = import_module("ird_search.exchange").compare(a, b)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.describe(shown=tensors))
+
+
+@app.command()
+@guarded
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="mask files; or one delta, with --model")],
+    output: Written,
+    how: Annotated[
+        Literal["union", "intersection", "difference", "disjoint"],
+        typer.Option(help="difference: the first without the others; disjoint: a mask for each"),
+    ] = "union",
+    model: Base = None,
+    revision: Revision = None,
+) -> None:
+    """Combine masks into one, or put a delta into its base model.
+
+    Masks need no model. A delta and its base give a directory that transformers loads.
+    """
+    exchange = import_module("ird_search.exchange")
+    if model is None:
+        written, note = exchange.combine_masks(files, output, how=how)
+        print("\n".join([*map(str, written), *([note] if note else [])]))
+        return
+    if len(files) != 1:
+        raise UsageError(f"{len(files)} files came with --model; it takes one delta.")
+    found = exchange.merged_model(files[0], output, model=model, revision=revision)
+    print(f"{found.delta!r}\n{output}")
+
+
+@app.command()
+@guarded
+def export(
+    mask: Annotated[Path, typer.Argument(help="a mask file, or the directory that holds it")],
+    to: Annotated[
+        Literal["supertuning", "shira", "lora", "fish", "bool", "delta"],
+        typer.Option(help="PEFT adapters, LoRA's ranks, FISH's mask.bin, bool tensors, or a delta"),
+    ],
+    output: Written,
+    model: Annotated[str, typer.Option(help="the base model: a directory or hub id")],
+    revision: Revision = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="delta: the directory of the tuned model")
+    ] = None,
+    adapters: Annotated[
+        int, typer.Option(help="supertuning: at most so many, 0 for no repeated entry", min=0)
+    ] = 1,
+    rank: Annotated[int | None, typer.Option(help="shira: r", min=1)] = None,
+    budget: Annotated[int | None, typer.Option(help="lora: its parameters", min=1)] = None,
+) -> None:
+    """Write a mask in another library's form, and tell what became of every entry."""
+    exchange = import_module("ird_search.exchange")
+    options = exchange.Options(tuned=tuned, adapters=adapters, rank=rank, budget=budget)
+    told = exchange.export_mask(
+        mask, output, to=to, model=model, revision=revision, options=options
+    )
+    print(f"{told}\n{output}")
+
+
+@app.command(name="import")
+@guarded
+def import_(
+    file: Annotated[Path, typer.Argument(help="the file of another format")],
+    kind: Annotated[
+        Literal["fish", "bool", "delta"],
+        typer.Option("--from", help="FISH's mask.bin, bool tensors (safetensors), or a delta"),
+    ],
+    output: Written,
+    model: Base = None,
+    revision: Revision = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(help="regular expression of tensors that are trained whole (repeatable)"),
+    ] = None,
+) -> None:
+    """Write the mask of another format as an ird-mask file."""
+    exchange = import_module("ird_search.exchange")
+    mask, whole = exchange.import_mask(
+        file, output, kind=kind, model=model, revision=revision, dense=dense or ()
+    )
+    print(f"{mask!r}\n{len(whole)} dense tensors\n{output}")
 
 
 @app.command()

@@ -105,7 +105,7 @@ def load_model(
     if isinstance(model, nn.Module):
         return _as_it_is(model, task, processor, need_processor)
     name = _place(model)
-    with _quiet(), random_state_kept():
+    with quiet(), random_state_kept():
         torch.manual_seed(seed)
         loaded, fresh = _load(name, task, num_labels, DTYPES[dtype], revision)
         if processor is None and need_processor:
@@ -318,6 +318,14 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
     return processor
 
 
+def find_processor(name: str, *, task: str, revision: str | None = None) -> Any:
+    """The tokenizer or image processor of a checkpoint; None where it has none."""
+    try:
+        return _load_processor(name, task, revision)
+    except ModelError:
+        return None
+
+
 def _as_it_is(model: nn.Module, task: str, processor: Any, need_processor: bool) -> LoadedModel:
     base: Any = unwrapped(model)
     origin = str(getattr(base, "name_or_path", "") or "")
@@ -327,7 +335,7 @@ def _as_it_is(model: nn.Module, task: str, processor: Any, need_processor: bool)
                 f"The rows need a tokenizer or image processor, and this {type(model).__name__} "
                 "does not say where its own is. Pass one as `processor`."
             )
-        with _quiet():
+        with quiet():
             processor = _load_processor(origin, task, None)
     text_classifier = type(base).__name__.endswith("ForSequenceClassification")
     if text_classifier and getattr(base.config, "pad_token_id", None) is None:
@@ -364,7 +372,7 @@ def _pad_id(model: nn.Module, processor: Any) -> int | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' load report and progress bars."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -233,7 +233,7 @@ def test_without_a_command_there_is_help() -> None:
         (["run", "--output", "x", "--pool", "many"], "--pool"),
         (["run", "--model", "m", "--data", "d"], "--output"),
         (["runn"], "runn"),
-        (["inspect"], "mask"),
+        (["inspect"], "file"),
     ],
 )
 def test_wrong_usage_is_2(words: list[str], said: str) -> None:
