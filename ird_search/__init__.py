@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from ird_search.config import SearchConfig
     from ird_search.delta import export_delta
-    from ird_search.freeze import apply_mask, verify
+    from ird_search.freeze import apply_mask
     from ird_search.mask import SparseMask
     from ird_search.merge import merge_delta
     from ird_search.optimizer import MaskedAdamW, masked
@@ -57,7 +57,6 @@ _HOMES = {
     "save_delta": "artifact",
     "save_mask": "artifact",
     "search_mask": "api",
-    "verify": "freeze",
 }
 
 __all__ = [
@@ -81,8 +80,12 @@ __all__ = [
     "save_delta",
     "save_mask",
     "search_mask",
-    "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """What there is, also before it is imported."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -44,7 +45,9 @@ SMALLER = "Lower --batch-size, --fisher-tokens or --cache-mb."
 JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Base = Annotated[str | None, typer.Option("--model", help="the base model: a directory or hub id")]
 Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
-Written = Annotated[Path, typer.Option("--output", "-o", help="what to write; must not be there")]
+Written = Annotated[
+    Path, typer.Option("--output", "-o", help="file or directory to write; must not be there")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
 
 
@@ -233,12 +236,15 @@ def merge(
 ) -> None:
     """Combine masks into one, or put a delta into its base model.
 
-    Masks need no model. A delta and its base give a directory that transformers loads.
+    Masks need no model and give a file, disjoint ones a directory. A delta and its base give a
+    directory that transformers loads.
     """
     exchange = import_module("ird_search.exchange")
     if model is None:
         written, note = exchange.combine_masks(files, output, how=how)
-        print("\n".join([*map(str, written), *([note] if note else [])]))
+        for path, mask in written.items():
+            print(f"{path}  {mask.count:,} parameters")
+        print(note, end="\n" * bool(note))
         return
     if len(files) != 1:
         raise UsageError(f"{len(files)} files came with --model; it takes one delta.")
@@ -255,18 +261,23 @@ def export(
         typer.Option(help="PEFT adapters, LoRA's ranks, FISH's mask.bin, bool tensors, or a delta"),
     ],
     output: Written,
-    model: Annotated[str, typer.Option(help="the base model: a directory or hub id")],
+    model: Base = None,
     revision: Revision = None,
     tuned: Annotated[
         Path | None, typer.Option(help="delta: the directory of the tuned model")
     ] = None,
     adapters: Annotated[
-        int, typer.Option(help="supertuning: at most so many, 0 for no repeated entry", min=0)
-    ] = 1,
+        int | None,
+        typer.Option(help="supertuning: at most so many; by default no entry is repeated", min=1),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="shira: r", min=1)] = None,
     budget: Annotated[int | None, typer.Option(help="lora: its parameters", min=1)] = None,
 ) -> None:
-    """Write a mask in another library's form, and tell what became of every entry."""
+    """Write a mask in another library's form, and tell what became of every entry.
+
+    supertuning, shira and lora write a directory, the others a file. What is trained whole beside
+    the mask (the head) is what the mask file records.
+    """
     exchange = import_module("ird_search.exchange")
     options = exchange.Options(tuned=tuned, adapters=adapters, rank=rank, budget=budget)
     told = exchange.export_mask(
@@ -284,8 +295,6 @@ def import_(
         typer.Option("--from", help="FISH's mask.bin, bool tensors (safetensors), or a delta"),
     ],
     output: Written,
-    model: Base = None,
-    revision: Revision = None,
     dense: Annotated[
         list[str] | None,
         typer.Option(help="regular expression of tensors that are trained whole (repeatable)"),
@@ -293,10 +302,11 @@ def import_(
 ) -> None:
     """Write the mask of another format as an ird-mask file."""
     exchange = import_module("ird_search.exchange")
-    mask, whole = exchange.import_mask(
-        file, output, kind=kind, model=model, revision=revision, dense=dense or ()
-    )
-    print(f"{mask!r}\n{len(whole)} dense tensors\n{output}")
+    mask, whole = exchange.import_mask(file, output, kind=kind, dense=dense or ())
+    print(f"{mask!r}\ndense: {', '.join(whole) or 'none'}\n{output}")
+    full = [n for n, i in mask.indices.items() if i.numel() == math.prod(mask.space.shape(n))]
+    if full and not whole:
+        print(f"{len(full)} tensors are selected whole, as {full[0]}; name a head with --dense.")
 
 
 @app.command()

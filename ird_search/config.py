@@ -146,7 +146,12 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], DataCon
     search = {f.name for f in fields(SearchConfig)}
     data = {f.name for f in fields(DataConfig)}
     if unknown := [key for key in settings if key not in search | data]:
-        raise UsageError(f"Unknown setting {k!r}.{nearest(str(k), search | data)}" for k in unknown)
+        known = search | data
+        raise UsageError(
+            f"Unknown setting {k!r}."
+            + (" Pass it as `processor`." if k == "tokenizer" else nearest(str(k), known))
+            for k in unknown
+        )
     options = DataConfig(**{k: v for k, v in settings.items() if k in data})
     return {k: v for k, v in settings.items() if k in search}, options
 

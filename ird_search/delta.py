@@ -20,7 +20,6 @@ from ird_search.artifact.matching import lines_sha256, weight_lines
 from ird_search.borrow import unwrapped
 from ird_search.entries import trained_entries
 from ird_search.errors import ModelError, UsageError
-from ird_search.freeze import verify
 from ird_search.mask import SparseMask
 from ird_search.mismatch import listed, mismatch
 
@@ -170,7 +169,7 @@ def _refuse_other_changes(
 ) -> None:
     free = {name for name, first in _first_names(model).items() if first in whole}
     moved = [f"{name}: missing after training." for name in sorted(whole) if name not in after]
-    if moved := moved + verify(mask, before, after, dense=free):
+    if moved := moved + mask.verify(before, after, dense=free):
         head = f"The tuned model differs from the base outside the mask in {len(moved)} tensors."
         raise ModelError(
             f"{listed(head, moved)}\n"

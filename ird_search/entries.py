@@ -120,6 +120,9 @@ def trained_entries(
             lie in sharded tensors.
         UsageError: a dense name is unknown or also holds selected entries, or nothing is trained.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"The model is a {type(model).__name__}; an nn.Module is accepted.")
+    check_mask(mask)
     if text := mismatch(mask.space, model):
         raise ModelError(text)
     parameters = dict(model.named_parameters())
@@ -143,6 +146,19 @@ def trained_entries(
         for name, i in mask.indices.items()
     )
     return masked, tuple(Entries(name, parameters[name], None) for name in whole)
+
+
+def check_mask(mask: object) -> None:
+    """Refuse what is no mask, such as its file's path, before that fails for a stranger reason.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(mask, SparseMask):
+        raise UsageError(
+            f"The mask is a {type(mask).__name__}; a SparseMask is accepted. Read one from a file "
+            "with load_mask(path, model)."
+        )
 
 
 def _checked_dense(

@@ -1,13 +1,13 @@
 """What keeps everything outside a mask as it is, whatever trains the model.
 
 A `masked` optimizer never touches a frozen entry and needs only `trainable_only`, which saves time
-and memory. Any other optimizer goes through `apply_mask`. `verify` looks at the outcome.
+and memory. Any other optimizer goes through `apply_mask`. `SparseMask.verify` looks at the outcome.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -94,12 +94,13 @@ def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ())
         >>> model.weight.detach() != before
         tensor([[False,  True]])
     """
+    masked, whole = trained_entries(model, mask, dense)
     if any(module in _applied for module in model.modules()):
         raise UsageError(
             "This model is under a mask already. Remove the first one (`handle.remove()`, or leave "
             "its `with` block), or apply the union of both masks."
         )
-    handle = MaskHandle(model, mask, *trained_entries(model, mask, dense))
+    handle = MaskHandle(model, mask, masked, whole)
     for module in model.modules():
         _applied[module] = handle
     return handle
@@ -119,7 +120,7 @@ class MaskHandle:
         dense: tuple[Entries, ...],
     ) -> None:
         self.mask = mask
-        self._trained = (*masked, *dense)
+        self._masked, self._dense, self._trained = masked, dense, (*masked, *dense)
         self._partial = tuple(e for e in masked if e.index is not None)
         self._saved: list[tuple[Entries, Tensor]] = []
         self._required = _require_only(model, list(self.parameters()))
@@ -140,8 +141,14 @@ class MaskHandle:
         return sum(e.count for e in self._trained)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters to give to the optimizer."""
+        """The parameters to give to the optimizer: the mask's, then the dense ones."""
         return (e.parameter for e in self._trained)
+
+    def groups(self, **dense_options: Any) -> list[dict[str, Any]]:
+        """The same as parameter groups; the options are those of the dense tensors."""
+        dense = [e.parameter for e in self._dense]
+        masked = [e.parameter for e in self._masked]
+        return [{"params": masked}, *([{"params": dense, **dense_options}] if dense else [])]
 
     def remove(self) -> None:
         """Take the mask off: hooks gone, `requires_grad` as before. Again does nothing."""
@@ -179,8 +186,33 @@ class MaskHandle:
         if not (touched := self._touched_by(optimizer)):
             return
         self._put_back()  # if the last step raised, its half-finished work is still there
-        if not (isinstance(optimizer, MaskedOptimizer) and optimizer.mask == self.mask.digest):
+        if isinstance(optimizer, MaskedOptimizer) and optimizer.mask == self.mask.digest:
+            self.check_dense(optimizer)
+        else:
             self._saved = [(e, e.parameter.detach().clone()) for e in touched]
+
+    def check_dense(self, optimizer: Optimizer, *, alone: bool = False) -> None:
+        """Refuse a masked optimizer whose dense tensors are not those that are trained here.
+
+        Args:
+            alone: whether no other optimizer could train what this one does not.
+
+        Raises:
+            UsageError: they are others.
+        """
+        if not isinstance(optimizer, MaskedOptimizer):
+            return
+        ours, its = {e.name for e in self._dense}, set(optimizer.dense)
+        if wrong := sorted(its - ours) + (sorted(ours - its) if alone else []):
+            where = (
+                "the optimizer's `dense` and not in the mask's"
+                if its - ours
+                else ("the mask's `dense` and not in the optimizer's")
+            )
+            raise UsageError(
+                f"{', '.join(map(repr, wrong[:3]))}{' …' if len(wrong) > 3 else ''} stand in "
+                f"{where}, so training would leave them as they are. Give both the same `dense`."
+            )
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -191,37 +223,6 @@ class MaskHandle:
             tensor.copy_(before)
             e.put(tensor, new)
         self._saved = []
-
-
-def verify(
-    mask: SparseMask,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    *,
-    dense: Iterable[str] = (),
-) -> list[str]:
-    """The tensors in which anything but a trained entry changed a bit; empty if the mask held.
-
-    Give it `dict(model.named_parameters())` or, to watch buffers too, `model.state_dict()`; the
-    tensors of `before` must be copies. Names that hold the same values as a masked tensor both
-    before and after are tied to it and may move with it.
-
-    Args:
-        mask: the entries that may have moved.
-        before: tensors by name before training.
-        after: tensors by name after training.
-        dense: names of tensors that may have moved altogether.
-
-    Returns:
-        One sentence a tensor: how many frozen entries moved, or that the tensor is missing.
-
-    Example:
-        >>> from ird_search.parameters import ParameterSpace
-        >>> mask = SparseMask(ParameterSpace(("w",), ((4,),)), torch.tensor([1]))
-        >>> verify(mask, {"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 5.0, 0.1, 0.0])})
-        ['w: 1 of 3 frozen entries moved.']
-    """
-    return mask.verify(before, after, dense=dense)
 
 
 def _watch_steps(handle: MaskHandle) -> list[Any]:

@@ -37,6 +37,7 @@ def merge_delta(model: nn.Module, delta: Delta, *, strict: bool = True) -> Merge
     Raises:
         ModelError: the model is another one, has other weights, or has a delta merged already.
             Nothing is written.
+        UsageError: something else was passed for the delta.
 
     Example:
         >>> from ird_search.artifact import weights_sha256
@@ -52,6 +53,11 @@ def merge_delta(model: nn.Module, delta: Delta, *, strict: bool = True) -> Merge
         >>> torch.equal(model.weight, before)
         True
     """
+    if not isinstance(delta, Delta):
+        raise UsageError(
+            f"The delta is a {type(delta).__name__}; a Delta is accepted. Read one from a file "
+            "with load_delta(path)."
+        )
     if any(merged._shares(model) for merged in _in_force):
         raise ModelError(
             "This model, or a part of it, has a delta merged already. Call unmerge() on what "

@@ -16,6 +16,8 @@ SHOWN = 10
 
 _WRAPPERS = {"base_model.model.": "PEFT", "module.": "DataParallel", "_orig_mod.": "torch.compile"}
 
+_OR_ADAPT = " (to_supertuning and to_shira make adapters of a mask)"
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -31,9 +33,9 @@ def mismatch(space: ParameterSpace, model: nn.Module, what: str = "mask") -> str
         >>> space = ParameterSpace(("weight",), ((1, 3),))
         >>> print(mismatch(space, nn.Linear(2, 1)))
         This mask belongs to another model: 1 of 1 tensors differ.
-          - weight is [1, 2], not [1, 3]
         Likely: another size of the model, vocabulary or head, or quantised weights. Load the same
         model.
+          - weight is [1, 2], not [1, 3]
         >>> mismatch(space, nn.Linear(3, 1))
         ''
     """
@@ -41,8 +43,11 @@ def mismatch(space: ParameterSpace, model: nn.Module, what: str = "mask") -> str
     if not differences:
         return ""
     count = f"{len(differences)} of {len(space.names)} tensors differ"
-    head = f"This {what} belongs to another model: {count}."
-    return f"{listed(head, differences)}\nLikely: {_likely_cause(space, model, what)}"
+    cause = _likely_cause(space, model, what)
+    if "prefix" in cause:  # which explains every line: what one name is like tells nothing more
+        differences = [line.partition(" Did you mean")[0] for line in differences]
+    head = f"This {what} belongs to another model: {count}.\nLikely: {cause}"
+    return listed(head, differences)
 
 
 def listed(head: str, lines: Sequence[str]) -> str:
@@ -57,6 +62,8 @@ def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
     held = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wanted = dict(zip(space.names, space.shapes, strict=True))
     missing = [name for name in wanted if name not in held]
+    if not missing and any(".lora_" in name for name in wanted):
+        return f"adapters of another rank or size. Wrap the model as when the {what} was made."
     if not missing:
         return (
             "another size of the model, vocabulary or head, or quantised weights. Load the same "
@@ -67,7 +74,7 @@ def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
         if here and not there:
             return (
                 f"this model is wrapped by {wrapper} (prefix {prefix!r}). Use the {what} on the "
-                "model as it is before wrapping."
+                f"model as it is before wrapping{_OR_ADAPT if wrapper == 'PEFT' else ''}."
             )
         if there and not here:
             return (
@@ -82,7 +89,11 @@ def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
     if change := _renaming({name: wanted[name] for name in missing}, held, wanted):
         return _renamed(*change, what)
     if _without_numbers(missing) <= _without_numbers(held):
-        return f"another size: this model has fewer layers. Load the one that the {what} is of."
+        shared = [name for name in wanted if name in held]
+        also = " and another width" if any(wanted[n] != held[n] for n in shared) else ""
+        return (
+            f"another size: this model has fewer layers{also}. Load the one that the {what} is of."
+        )
     parts = {name.partition(".")[0] for name in missing}
     if len(missing) < len(wanted) and parts.isdisjoint(name.partition(".")[0] for name in held):
         lacking = " and ".join(map(repr, sorted(parts)))
@@ -103,8 +114,8 @@ def _renamed(old: str, new: str, what: str) -> str:
             f"names them otherwise: load the model with the one that the {what} was made with."
         )
     return (
-        "one of the two is the base model and the other has a task head on it (prefix "
-        f"{old or new!r}). Load the model through the same class as when the {what} was made."
+        f"one of the two holds the other (prefix {old or new!r}): a base model and one with a task "
+        f"head, or a module around the model. Use the same one as when the {what} was made."
     )
 
 

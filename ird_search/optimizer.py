@@ -136,6 +136,11 @@ class MaskedOptimizer(Optimizer):
         """The digest of the mask it trains."""
         return str(self.param_groups[0]["mask"])
 
+    @property
+    def dense(self) -> dict[str, nn.Parameter]:
+        """The tensors that it trains whole, outside the mask, by name."""
+        return {e.name: e.parameter for f in self._flats if f.group == 1 for e in f.entries}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the trained entries from the gradients of their tensors.

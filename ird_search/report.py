@@ -40,16 +40,24 @@ def markdown_table(verdict: Verdict) -> str:
     return "\n".join([header, ruler, *rows])
 
 
-def explained(verdict: Verdict) -> str:
-    """What the numbers are, and the plain sentences."""
+def explained(verdict: Verdict, fixed_rate: float | None = None) -> str:
+    """What the numbers are, and the plain sentences.
+
+    Args:
+        fixed_rate: the one learning rate that all lines were given, if they could not choose.
+    """
+    rates = "each line at its own best learning rate"
+    if fixed_rate is not None:
+        rates = (
+            f"every line at the rate {fixed_rate:.1e} that was given, whether it suits it or not"
+        )
     seeds = len(verdict["ird"].losses)
     floor = "" if math.isnan(verdict.noise) else f" Noise floor: {verdict.noise:.4f}."
     return "\n".join(
         [
             f"Loss is held-out negative log-likelihood. The 1st half chose among candidates; the "
             f"2nd half ({verdict.samples} samples) was seen by no choice:",
-            f"mean ± standard deviation over {seeds} seeds, each line at its own best learning "
-            f"rate.{floor}",
+            f"mean ± standard deviation over {seeds} seeds, {rates}.{floor}",
             verdict.sentence("random"),
             verdict.sentence("fish"),
         ]
@@ -88,8 +96,10 @@ def markdown(
         "",
         markdown_table(verdict),
         "",
-        *explained(verdict).splitlines(),
+        *explained(verdict, provenance["search"]["learning_rate"]).splitlines(),
         *provenance["notes"],
+        "",
+        *_to_train(provenance),
         "",
         "## Rounds",
         "",
@@ -113,6 +123,18 @@ def markdown(
     if len(counts) > 15:
         lines.append(f"| {len(counts) - 15} more tensors | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _to_train(provenance: Mapping[str, Any]) -> list[str]:
+    """What a trainer needs beside the mask."""
+    head = ", ".join(f"`{name}`" for name in provenance["head"]) or "none"
+    return [
+        "## To train it",
+        "",
+        f"* learning rate of the mask: {provenance['learning_rate']:.1e}",
+        f"* trained whole beside it (`dense`): {head}",
+        f"* their learning rate here: {provenance['search']['head_learning_rate']:.1e}",
+    ]
 
 
 def verdict_record(verdict: Verdict) -> list[dict[str, Any]]:

@@ -83,7 +83,8 @@ class SearchResult:
 
     def table(self) -> str:
         """The verdict as a table with its explanation."""
-        text = f"{report.text_table(self.verdict)}\n\n{report.explained(self.verdict)}"
+        told = report.explained(self.verdict, self.config.learning_rate)
+        text = f"{report.text_table(self.verdict)}\n\n{told}"
         return "\n".join([text, *self.provenance["notes"]])
 
     def __repr__(self) -> str:

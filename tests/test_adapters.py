@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ird_search import SearchResult, fisher_scores, search_mask
-from ird_search.freeze import verify
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
 from ird_search.scoring import STEPS, ScoringPoint, scoring_steps
@@ -150,7 +149,7 @@ def test_a_masked_adapter_trains_merges_and_leaves_the_rest() -> None:
         logits_of(model, dict(batch)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert verify(result.mask, before, model.state_dict(), dense=head) == []
+    assert result.mask.verify(before, model.state_dict(), dense=head) == []
     logits = logits_of(model, dict(batch))
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits_of(merged, dict(batch)), logits, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from ird_search.errors import ModelError, UsageError
-from ird_search.freeze import apply_mask, trainable_only, verify
+from ird_search.freeze import apply_mask, trainable_only
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
@@ -78,7 +78,7 @@ def test_frozen_entries_keep_their_bits(name: str, dtype: torch.dtype) -> None:
         optimizer = OPTIMIZERS[name](handle.parameters())
         for _ in range(4):
             step(model, optimizer, x)
-    assert verify(mask, before, weights(model), dense=["head.bias"]) == []
+    assert mask.verify(before, weights(model), dense=["head.bias"]) == []
     assert moved(before, model) == {*mask.indices, "head.bias"}
 
 
@@ -91,7 +91,7 @@ def test_an_optimizer_that_was_given_the_whole_model_and_has_momentum() -> None:
     before = weights(model)
     with apply_mask(model, mask):
         step(model, optimizer, x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
 
 
 def test_a_gradient_left_over_from_before_is_masked_too() -> None:
@@ -148,7 +148,7 @@ def test_weights_loaded_during_training_stay() -> None:
         model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()})
         before = weights(model)
         step(model, optimizer, x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
 
 
 def test_after_an_exception_in_the_loop() -> None:
@@ -158,7 +158,7 @@ def test_after_an_exception_in_the_loop() -> None:
     with pytest.raises(KeyError), apply_mask(model, mask) as handle:
         step(model, OPTIMIZERS["adamw"](handle.parameters()), x)
         raise KeyError
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     assert [p.requires_grad for p in model.parameters()] == required
     with apply_mask(model, mask):  # and it can be applied again
         pass
@@ -181,6 +181,45 @@ def test_a_masked_optimizer_under_apply_mask_is_clipped_by_what_is_trained() -> 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_what_is_no_model_or_no_mask_is_named() -> None:
+    model, _, mask = make()
+    for call, text in (
+        (lambda: apply_mask(model, "out"), "The mask is a str; a SparseMask is accepted. Read one"),
+        (lambda: apply_mask(mask, model), "The model is a SparseMask; an nn.Module is accepted"),
+        (lambda: MaskedAdamW(model.parameters(), mask, lr=0.1), "The model is a generator"),
+        (lambda: trainable_only(model, None).__enter__(), "The mask is a NoneType"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            call()
+
+
+def test_an_optimizers_dense_tensor_that_the_mask_freezes_is_an_error() -> None:
+    model, x, mask = make()
+    before = weights(model)
+    with apply_mask(model, mask) as handle:
+        optimizer = MaskedAdamW(model, mask, lr=0.1, dense=["head.bias"])
+        with pytest.raises(UsageError, match=r"'head.bias' stand in the optimizer's `dense`"):
+            step(model, optimizer, x)
+        assert not moved(before, model)
+    with apply_mask(model, mask, dense=["head.bias"]) as handle:
+        optimizer = MaskedAdamW(model, mask, lr=0.1)  # another one may train the head
+        handle.check_dense(optimizer)
+        with pytest.raises(UsageError, match=r"'head.bias' stand in the mask's `dense`"):
+            handle.check_dense(optimizer, alone=True)
+
+
+def test_groups_give_the_dense_tensors_options_of_their_own() -> None:
+    model, x, mask = make()
+    with apply_mask(model, mask, dense=["head.bias"]) as handle:
+        optimizer = torch.optim.SGD(handle.groups(lr=0.0), lr=0.1)
+        before = weights(model)
+        step(model, optimizer, x)
+        assert "head.bias" not in moved(before, model) and moved(before, model)
+        assert [len(g["params"]) for g in optimizer.param_groups] == [4, 1]
+    with apply_mask(model, mask) as handle:
+        assert len(handle.groups(lr=1.0)) == 1
+
+
 def test_sharded_tensors_are_refused() -> None:
     model, _, mask = make()
     model.conv.weight.device_mesh = object()  # as of a DTensor, which needs a process group
@@ -195,7 +234,7 @@ def test_a_masked_optimizer_of_another_mask_is_held_back_by_the_one_in_force() -
     with apply_mask(model, mask):
         optimizer = MaskedAdamW(model, other, lr=0.1, weight_decay=0.5)
         step(model, optimizer, x)
-    assert verify(mask, before, weights(model)) == [] == verify(other, before, weights(model))
+    assert mask.verify(before, weights(model)) == [] == other.verify(before, weights(model))
     assert moved(before, model)
 
 
@@ -209,7 +248,7 @@ def test_after_an_exception_within_the_optimizers_step() -> None:
     before = weights(model)
     with pytest.raises(MemoryError), apply_mask(model, mask) as handle:
         step(model, Broken(handle.parameters(), lr=0.1, weight_decay=0.5), x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
 
 
 def test_other_optimizers_are_left_alone() -> None:
@@ -250,7 +289,7 @@ def test_a_dropped_handle_lives_and_dies_with_its_model() -> None:
     gc.collect()
     before = weights(model)
     step(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     dead = weakref.ref(model)
     del model
     gc.collect()
@@ -328,7 +367,7 @@ def test_bert(name: str) -> None:
             nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    assert verify(mask, before, weights(model), dense=head) == []
+    assert mask.verify(before, weights(model), dense=head) == []
     assert len(moved(before, model)) == len(mask.indices) + 1
 
 
@@ -340,7 +379,7 @@ def test_verify_names_the_culprit_of_masked_gradients_with_weight_decay() -> Non
     for name, p in model.named_parameters():
         p.grad = p.grad * mask.to_dict()[name] if name in mask.indices else None
     optimizer.step()
-    found = verify(mask, before, weights(model))
+    found = mask.verify(before, weights(model))
     assert "head.weight: 5 of 5 frozen entries moved." in found
     assert {sentence.split(":")[0] for sentence in found} == set(mask.indices)
 
@@ -354,15 +393,15 @@ def test_verify_looks_at_bits_and_at_every_tensor() -> None:
         "extra": torch.zeros(2).half(),
         "new": torch.ones(1),
     }
-    assert verify(mask, before, after) == [
+    assert mask.verify(before, after) == [
         "w: 1 of 2 frozen entries moved.",
         "extra: was torch.float32 [2], is torch.float16 [2].",
         "gone: missing after training.",
         "new: missing before training.",
     ]
-    assert verify(mask, before, after, dense=["w", "extra", "gone", "new"]) == []
+    assert mask.verify(before, after, dense=["w", "extra", "gone", "new"]) == []
     wrong = {"w": torch.zeros(4)}
-    assert verify(mask, wrong, wrong) == ["w: is torch.float32 [4], but [3] in the mask."]
+    assert mask.verify(wrong, wrong) == ["w: is torch.float32 [4], but [3] in the mask."]
 
 
 def test_verify_knows_tied_names_and_reports_buffers() -> None:
@@ -372,7 +411,7 @@ def test_verify_knows_tied_names_and_reports_buffers() -> None:
     step(model, optimizer, x)
     after = {name: t.clone() for name, t in model.state_dict().items()}
     assert "second.weight" in after
-    assert verify(mask, before, after) == [
+    assert mask.verify(before, after) == [
         "norm.running_mean: 4 of 4 frozen entries moved.",
         "norm.running_var: 4 of 4 frozen entries moved.",
         "norm.num_batches_tracked: 1 of 1 frozen entries moved.",

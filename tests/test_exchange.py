@@ -23,6 +23,7 @@ from ird_search import (
 )
 from ird_search.cli import app
 from ird_search.consumers.formats import read_fish_mask
+from ird_search.consumers.peft import load_supertuning
 from ird_search.errors import UsageError
 from ird_search.exchange import compare, export_mask
 from ird_search.exchange.base import base_model
@@ -62,7 +63,7 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 def tuned(base: Path, found: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base after three steps under the first mask."""
     provenance = inspect_mask(found[0]).provenance
-    model: Any = base_model(provenance, str(base)).model
+    model: Any = base_model(provenance, str(base))
     mask = load_mask(found[0], model, strict=True)
     optimizer = MaskedAdamW(model, mask, lr=0.1, dense=provenance["head"])
     for _ in range(3):
@@ -108,7 +109,8 @@ def test_comparing_two_masks(found: tuple[Path, Path]) -> None:
     document = json.loads(call("compare", *found, "--json"))
     assert document["shared"] == (a & b).count and document["jaccard"] == a.jaccard(b)
     assert document["only_a"] == (a - b).count and document["only_b"] == (b - a).count
-    assert document["same_base"] is True and document["differences"] == {"seed": [0, 1]}
+    assert document["same_base"] is True and document["differences"]["seed"] == [0, 1]
+    assert set(document["differences"]) == {"data", "seed"}  # other rows are held out
     assert sum(t["shared"] for t in document["tensors"].values()) == (a & b).count
 
 
@@ -128,9 +130,10 @@ def test_a_mask_that_records_nothing_is_compared_all_the_same(
 @pytest.mark.parametrize("how", ["union", "intersection", "difference"])
 def test_masks_combine_as_sets(how: str, found: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "m.safetensors"
-    assert call("merge", *found, "--how", how, "-o", output).split() == [str(output)]
+    told = call("merge", *found, "--how", how, "-o", output)
     a, b = masks(found)
     wanted = {"union": a | b, "intersection": a & b, "difference": a - b}[how]
+    assert told.splitlines() == [f"{output}  {wanted.count:,} parameters"]
     file = inspect_mask(output)
     assert file.mask == wanted
     assert file.provenance["combined"]["how"] == how
@@ -143,7 +146,7 @@ def test_disjoint_masks_for_two_tasks(found: tuple[Path, Path], base: Path, tmp_
     a, b = masks(found)
     assert (one & other).count == 0 and one | other == a | b
     assert abs((a.count - one.count) - (b.count - other.count)) <= 1
-    model = base_model(inspect_mask(found[0]).provenance, str(base)).model
+    model = base_model(inspect_mask(found[0]).provenance, str(base))
     assert load_mask(tmp_path / "apart" / "run0.safetensors", model, strict=True) == one
 
 
@@ -163,6 +166,8 @@ def test_a_delta_and_its_base_make_the_tuned_model(
     delta = tmp_path / "delta.safetensors"
     told = call("export", found[0], "--to", "delta", "--model", base, "--tuned", tuned, "-o", delta)
     assert told.startswith("Delta(") and str(delta) in told
+    count = masks(found)[0].count
+    assert int(told.splitlines()[1].split()[0].replace(",", "")) > 0.5 * count
     assert inspect_delta(delta).delta.mask == masks(found)[0]
     assert "ird-delta" in call("inspect", delta)
     call("merge", delta, "--model", base, "-o", tmp_path / "merged")
@@ -199,9 +204,10 @@ def test_a_model_in_which_more_moved_gives_no_delta(
 @pytest.mark.parametrize("to", ["supertuning", "shira", "lora"])
 def test_export_to_peft(to: str, found: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    options = {"shira": ["--rank", 1], "lora": ["--budget", 400]}.get(to, [])
-    told = call("export", found[0], "--to", to, "--model", base, "-o", tmp_path / to, *options)
+    options = {"supertuning": ["--adapters", 1], "shira": ["--rank", 1], "lora": ["--budget", 400]}
+    told = call("export", found[0], "--to", to, "--model", base, "-o", tmp_path / to, *options[to])
     assert "selected entries held" in told and "bias of" in told  # nothing is dropped in silence
+    assert ("stored several times" in told) == (to == "supertuning")
     config = peft.PeftConfig.from_pretrained(tmp_path / to)
     assert config.peft_type == {"supertuning": "SUPERTUNING", "shira": "SHIRA", "lora": "LORA"}[to]
     if to != "lora":
@@ -212,13 +218,25 @@ def test_export_to_peft(to: str, found: tuple[Path, Path], base: Path, tmp_path:
         assert all(torch.equal(merged[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("to", ["fish", "bool"])
-def test_out_and_in_again(
-    to: str, found: tuple[Path, Path], base: Path, tuned: Path, tmp_path: Path
+def test_by_default_no_entry_is_stored_twice(
+    found: tuple[Path, Path], base: Path, tmp_path: Path
 ) -> None:
+    peft = pytest.importorskip("peft")
+    told = call("export", found[0], "--to", "supertuning", "--model", base, "-o", tmp_path / "st")
+    assert "stored several times" not in told and "load_supertuning" in told
+    model = BertForSequenceClassification.from_pretrained(base)
+    wrapped = load_supertuning(model, tmp_path / "st", is_trainable=True)
+    values = [p for n, p in wrapped.named_parameters() if "supertuning_values" in n]
+    held = int(told.split("SuperTuning: ")[1].split()[0].replace(",", ""))
+    assert sum(p.numel() for p in values) == held
+    assert isinstance(wrapped, peft.PeftModel)
+
+
+@pytest.mark.parametrize("to", ["fish", "bool"])
+def test_out_and_in_again(to: str, found: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
     mask, out, back = masks(found)[0], tmp_path / "out.bin", tmp_path / "back.safetensors"
     call("export", found[0], "--to", to, "--model", base, "-o", out)
-    given = ["--model", tuned, "--dense", "classifier", "--dense", "pooler"] * (to == "fish")
+    given = ["--dense", "classifier", "--dense", "pooler"] * (to == "fish")
     text = call("import", out, "--from", to, "-o", back, *given)
     assert str(back) in text
     again = inspect_mask(back)
@@ -245,10 +263,15 @@ def test_the_exported_fish_mask_is_what_fish_writes(
 
 
 def test_bad_calls(found: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
+    export = ["export", found[0], "--model", base, "-o", tmp_path / "x"]
     there = tmp_path / "there"
     there.mkdir()
     for code, part, words in (
         (2, "at least two", ["merge", found[0], "-o", tmp_path / "x"]),
+        (2, "--budget is an option of --to lora", [*export, "--to", "shira", "--budget", 3]),
+        (2, "--model is missing", ["export", found[0], "--to", "fish", "-o", tmp_path / "x"]),
+        (5, "no such file", ["compare", found[0], base]),
+        (5, "no safetensors file", ["inspect", found[0] / "report.md"]),
         (2, "is there already", ["merge", *found, "-o", there]),
         (2, "takes one delta", ["merge", *found, "--model", base, "-o", tmp_path / "x"]),
         (2, "has no values", ["merge", found[0], "--model", base, "-o", tmp_path / "x"]),
@@ -262,16 +285,37 @@ def test_bad_calls(found: tuple[Path, Path], base: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [there]
 
 
-def test_a_mask_that_does_not_say_its_task_names_the_way_out(
+def test_a_mask_over_adapters_names_the_way_out(
     found: tuple[Path, Path], base: Path, tmp_path: Path
 ) -> None:
-    save_mask(tmp_path / "bare.safetensors", masks(found)[0])
-    with pytest.raises(UsageError, match="does not record for what task"):
-        export_mask(tmp_path / "bare.safetensors", tmp_path / "x", to="bool", model=str(base))
     provenance = {"architecture": "PeftModelForSequenceClassification"}
     save_mask(tmp_path / "peft.safetensors", masks(found)[0], provenance=provenance)
     with pytest.raises(UsageError, match="over the adapters of a PEFT model"):
-        export_mask(tmp_path / "peft.safetensors", tmp_path / "x", to="bool", model=str(base))
+        export_mask(tmp_path / "peft.safetensors", tmp_path / "x", to="fish", model=str(base))
+    export_mask(tmp_path / "peft.safetensors", tmp_path / "bools", to="bool")  # needs no model
+
+
+def test_a_mask_without_provenance_takes_the_class_of_the_models_own_config(
+    found: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    save_mask(tmp_path / "bare.safetensors", masks(found)[0])
+    export_mask(tmp_path / "bare.safetensors", tmp_path / "x", to="fish", model=str(tuned))
+    assert len(torch.load(tmp_path / "x", weights_only=True)) == len(state(tuned))
+
+
+def test_deltas_are_compared_by_their_masks_and_one_alone_is_told_what_it_needs(
+    found: tuple[Path, Path], base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    delta = tmp_path / "delta.safetensors"
+    call("export", found[0], "--to", "delta", "--model", base, "--tuned", tuned, "-o", delta)
+    document = json.loads(call("compare", found[1], delta, "--json"))
+    assert document["b"]["count"] == masks(found)[0].count
+    assert "is a delta" in refused(2, "merge", delta, "-o", tmp_path / "x")
+
+
+def test_a_torch_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "mask.bin")
+    assert "import --from fish" in refused(5, "inspect", tmp_path / "mask.bin")
 
 
 def test_a_mask_of_other_weights_is_not_exported(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ird_search.artifact import load_mask, save_mask
 from ird_search.errors import ModelError, UsageError
-from ird_search.freeze import apply_mask, verify
+from ird_search.freeze import apply_mask
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW, masked
 from ird_search.parameters import ParameterSpace
@@ -121,7 +121,7 @@ def in_a_plain_loop(
 
 def assert_trained(before: dict[str, Tensor], model: nn.Module) -> None:
     mask, after = some(network()), bits(model)
-    assert verify(mask, before, after, dense=HEAD) == []
+    assert mask.verify(before, after, dense=HEAD) == []
     for name, index in mask.indices.items():
         assert bool((after[name] != before[name]).flatten()[index].all())
     assert all(not torch.equal(after[name], before[name]) for name in HEAD)
@@ -166,7 +166,7 @@ def test_half_precision_weights() -> None:
     lit = Lit()
     before = bits(lit.model.bfloat16())
     fit(lit, some(lit.model), precision="bf16-true", max_epochs=8)
-    assert verify(some(lit.model), before, bits(lit.model), dense=HEAD) == []
+    assert some(lit.model).verify(before, bits(lit.model), dense=HEAD) == []
     assert lit.model[0].weight.dtype == torch.bfloat16
     assert not torch.equal(lit.model[0].weight, before["0.weight"])
 
@@ -274,7 +274,7 @@ def test_a_mask_over_the_whole_module() -> None:
         barebones=True, accelerator="cpu", max_epochs=1, callbacks=[LightningMask(whole)]
     )
     trainer.fit(lit, batches())
-    assert verify(whole, before, bits(lit)) == []
+    assert whole.verify(before, bits(lit)) == []
     assert not torch.equal(before["model.0.weight"], lit.model[0].weight)
 
 
@@ -307,6 +307,22 @@ def test_strategies_that_it_cannot_work_under(strategy: type, message: str) -> N
         callback.setup(trainer, lit, "fit")
         lit.configure_model()
         callback.on_fit_start(trainer, lit)
+
+
+def test_a_head_named_in_one_place_only_is_an_error() -> None:
+    lit = Lit("masked-adamw")
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        barebones=True,
+        callbacks=[LightningMask(some(network()), module="model")],
+    )
+    with pytest.raises(UsageError, match=r"'2.bias', '2.weight' stand in the optimizer's `dense`"):
+        trainer.fit(lit, batches())
+    assert_no_mask(lit)
+    with pytest.raises(UsageError, match="module is a Sequential; the dotted name"):
+        LightningMask(some(network()), module=network())  # type: ignore[arg-type]
 
 
 def train_in_parallel(rank: int) -> dict[str, dict[str, Tensor]]:

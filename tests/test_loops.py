@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from ird_search.artifact import load_mask, save_mask
-from ird_search.freeze import apply_mask, verify
+from ird_search.freeze import apply_mask
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW, masked
 from ird_search.parameters import ParameterSpace
@@ -143,7 +143,7 @@ def assert_trained_like(
 ) -> None:
     """The frozen entries have their bits, the others are where the reference has them."""
     mask = make()[1]
-    assert verify(mask, before, dict(model.named_parameters()), dense=HEAD) == []
+    assert mask.verify(before, dict(model.named_parameters()), dense=HEAD) == []
     for name, p in reference.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), p, rtol=0, atol=atol)
     for name, index in mask.indices.items():
@@ -256,7 +256,7 @@ def test_a_mask_may_come_after_the_compiler_and_go_again() -> None:
     before = bits(model)
     with apply_mask(model, mask):
         unclipped(compiled, optimizer, x)
-    assert verify(mask, before, bits(model)) == []
+    assert mask.verify(before, bits(model)) == []
     unclipped(compiled, optimizer, x)
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -276,7 +276,7 @@ def test_an_overflow_outside_the_mask_does_not_stop_a_scaled_step() -> None:
             optimizer.zero_grad()
         assert torch.equal(moved, model.weight)  # a selected entry that overflows does stop it
     assert scaler.get_scale() == 2.0
-    assert verify(mask, before, bits(model)) == []
+    assert mask.verify(before, bits(model)) == []
     assert moved.flatten()[1] != before["weight"].flatten()[1]
 
 
@@ -301,7 +301,7 @@ def test_bfloat16_weights_gather_small_updates_across_checkpoints(
             model.load_state_dict(weights)
             optimizer = MaskedAdamW(model, mask, lr=1.0)
             optimizer.load_state_dict(state)
-    assert verify(mask, before, bits(model)) == []
+    assert mask.verify(before, bits(model)) == []
     drift = {n: (model.get_parameter(n).detach() - before[n]).abs().flatten() for n in mask.indices}
     largest = torch.cat([drift[n][i] for n, i in mask.indices.items()]).max()
     assert 0.004 < largest < 0.016

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from ird_search.errors import ModelError, UsageError
-from ird_search.freeze import verify
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW, masked
 from ird_search.parameters import ParameterSpace
@@ -138,7 +137,7 @@ def test_selected_entries_move_as_in_adamw_and_all_others_not_at_all(case: str) 
     mask, before, reference = some(model), weights(model), copy.deepcopy(model)
     train(model, MaskedAdamW(model, mask, **DECAY), x, steps=1)
     train(reference, torch.optim.AdamW(reference.parameters(), **DECAY), x, steps=1)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     for name, chosen in mask.to_dict().items():
         expected = torch.where(chosen, reference.get_parameter(name), before[name])
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=1e-7)
@@ -161,7 +160,7 @@ def test_any_elementwise_optimizer_does_on_the_entries_what_it_does_on_all(name:
         ours.step()
         theirs.step()
         ours.zero_grad()
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     for n, where in chosen.items():
         torch.testing.assert_close(model.get_parameter(n)[where], apart[n], rtol=0, atol=1e-7)
         assert not torch.equal(apart[n], before[n][where])
@@ -259,7 +258,7 @@ def test_bert_in_bfloat16_keeps_frozen_bits() -> None:
     model = model.bfloat16()
     mask, before = some(model), weights(model)
     train(model, MaskedAdamW(model, mask, **DECAY), x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
@@ -275,7 +274,7 @@ def test_the_dense_head_is_trained_fully_at_its_own_rate() -> None:
     train(model, optimizer, x, steps=1)
     heads = [reference.get_parameter(n) for n in head]
     train(reference, torch.optim.AdamW(heads, lr=0.1, weight_decay=0.0), x, steps=1)
-    assert verify(mask, before, weights(model), dense=head) == []
+    assert mask.verify(before, weights(model), dense=head) == []
     for name in head:
         torch.testing.assert_close(
             model.get_parameter(name), reference.get_parameter(name), rtol=0, atol=1e-7
@@ -411,7 +410,7 @@ def test_sparse_gradients_of_an_embedding() -> None:
     optimizer = MaskedAdamW(model, mask, lr=0.1)
     model(torch.tensor([0, 2])).sum().backward()
     optimizer.step()
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     assert (model.weight.detach() - before["weight"]).flatten()[[1, 4]].abs().min() > 0.09
 
 
@@ -422,7 +421,7 @@ def test_weights_of_two_dtypes_share_one_optimizer() -> None:
     mask, before = some(model, 0.5), weights(model)
     optimizer = MaskedAdamW(model, mask, lr=0.01)
     train(model, optimizer, x)
-    assert verify(mask, before, weights(model)) == []
+    assert mask.verify(before, weights(model)) == []
     assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32, torch.float64}
 
 
@@ -473,7 +472,7 @@ def test_gradient_accumulation() -> None:
             optimizer.zero_grad()
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
-    assert verify(some(partly), before, weights(partly)) == []
+    assert some(partly).verify(before, weights(partly)) == []
 
 
 def test_schedulers_closures_and_deterministic_algorithms() -> None:

@@ -18,7 +18,6 @@ from torch.optim import SGD, AdamW
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from ird_search.errors import ArtifactError, ModelError, UsageError
-from ird_search.freeze import verify
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace, candidate_space
@@ -140,7 +139,7 @@ def test_supertuning_from_mask_to_merge(
     for tuned in (wrapped, reloaded):
         merged = tuned.merge_and_unload()
         assert torch.equal(logits(merged), expected)
-        assert verify(held, before, weights(merged), dense=HEAD) == []
+        assert held.verify(before, weights(merged), dense=HEAD) == []
         some = 0.5 if dtype == torch.bfloat16 else 1.0  # a coarse weight may round its change away
         assert moved(before, merged, held) >= some * held.count
     assert (coverage.held, coverage.lost) == (held.count, mask.count - held.count)
@@ -236,7 +235,7 @@ def test_the_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     from_checkpoint = peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "checkpoint-4")
     assert torch.equal(logits(from_checkpoint), logits(whole))
     before, merged = weights(bare), whole.merge_and_unload()
-    assert verify(linears(bare, mask), before, weights(merged), dense=HEAD) == []
+    assert linears(bare, mask).verify(before, weights(merged), dense=HEAD) == []
 
 
 def test_training_after_a_plain_reload_moves_nothing_outside_the_mask(tmp_path: Path) -> None:
@@ -246,7 +245,7 @@ def test_training_after_a_plain_reload_moves_nothing_outside_the_mask(tmp_path: 
     plain = peft.PeftModel.from_pretrained(bare, tmp_path, is_trainable=True)
     train(plain, adamw(plain))
     merged = plain.merge_and_unload()
-    assert verify(held, before, weights(merged)) == []
+    assert held.verify(before, weights(merged)) == []
     assert moved(before, merged, held) == held.count
 
 
@@ -309,7 +308,7 @@ def test_shira_from_mask_to_merge(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded), expected)
     merged = reloaded.merge_and_unload()
     assert torch.equal(logits(merged), expected)
-    assert verify(held, before, weights(merged), dense=HEAD) == []
+    assert held.verify(before, weights(merged), dense=HEAD) == []
     some = 0.5 if dtype == torch.bfloat16 else 1.0
     assert moved(before, merged, held) >= some * held.count
     assert json.loads((tmp_path / "adapter_config.json").read_text())["mask_type"] == "ird_mask"
@@ -575,7 +574,7 @@ def test_an_untied_language_model_head_is_a_layer_as_others(tmp_path: Path) -> N
     assert torch.equal(logits(reloaded), logits(wrapped))
     merged = reloaded.merge_and_unload()
     held = linears(merged, mask)
-    assert verify(held, before, weights(merged)) == []
+    assert held.verify(before, weights(merged)) == []
     assert "lm_head.weight" in held.indices and moved(before, merged, held) == held.count
 
 

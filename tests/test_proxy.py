@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ird_search import proxy as module
 from ird_search.errors import NoProxySucceeded
-from ird_search.freeze import verify
 from ird_search.ledger import Ledger
 from ird_search.proxy import Candidate, Proxies, Trial, evaluate, shuffled_rows
 from tests.toy import bits, same_bits, toy_mask, toy_net, toy_proxies
@@ -129,7 +128,7 @@ def test_frozen_entries_keep_their_bits_while_the_others_move(
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         now = bits(model)
-        violations.append(verify(mask, before, now, dense=head))
+        violations.append(mask.verify(before, now, dense=head))
         moved = mask.space.flatten(now) != mask.space.flatten(before)
         assert moved.nonzero().flatten().tolist() == mask.coords.tolist()
         assert not any(torch.equal(before[name], now[name]) for name in head)

@@ -22,6 +22,9 @@ PROVENANCE: dict[str, Any] = {
     "base_model": {"id": "tiny"},
     "fisher": {"path": "taps"},
     "notes": ["One thing more."],
+    "head": ["out.weight", "out.bias"],
+    "learning_rate": 1e-3,
+    "search": {"learning_rate": None, "head_learning_rate": 3e-3},
 }
 
 
@@ -73,6 +76,12 @@ def test_what_the_numbers_are() -> None:
     assert VERDICT.sentence("random") in text and VERDICT.sentence("fish") in text
 
 
+def test_one_rate_for_all_is_not_called_everyones_best() -> None:
+    text = report.explained(VERDICT, 0.01)
+    assert "own best" not in text and "every line at the rate 1.0e-02 that was given" in text
+    assert "own best" in report.explained(VERDICT)
+
+
 def test_a_round_in_one_line() -> None:
     assert report.round_line(ROUND) == "round 1:   rows 8 × 20 failed   →both 8 × 20 0.2500"
 
@@ -97,6 +106,8 @@ def test_the_report() -> None:
     text = report.markdown(VERDICT, [ROUND], BEST, PROVENANCE)
     assert text.startswith("# Mask for tiny\n\n20 of 200 candidate parameters (10.000%), from 8 ")
     assert report.markdown_table(VERDICT) in text
+    assert "learning rate of the mask: 1.0e-03" in text
+    assert "(`dense`): `out.weight`, `out.bias`" in text
     assert "| 1 | both | 8 | 20 | 1.0e-03 | 0.2500 | moved here |" in text
     assert "| 1 | rows | 8 | 20 | 1.0e-02 | failed |  |" in text
     assert "| `layer.0` | 1 | 10 | 5.0% |" in text and "| 5 more tensors | | | |" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import (
 
 from ird_search.artifact import load_mask, save_mask
 from ird_search.errors import ModelError, UsageError
-from ird_search.freeze import verify
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW, masked
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
@@ -119,7 +118,7 @@ def trainer(
 def assert_trained(mask: SparseMask, before: dict[str, Tensor], model: nn.Module) -> None:
     """Every selected entry and the head moved, and no other bit."""
     after = bits(model)
-    assert verify(mask, before, after, dense=HEAD) == []
+    assert mask.verify(before, after, dense=HEAD) == []
     for name, index in mask.indices.items():
         assert bool((after[name] != before[name]).flatten()[index].all()), name
     assert all(not torch.equal(after[name], before[name]) for name in HEAD)
@@ -226,7 +225,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert made.state.global_step == 6
     assert same(model, resumed)
-    assert verify(mask, before, bits(resumed), dense=HEAD) == []
+    assert mask.verify(before, bits(resumed), dense=HEAD) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -369,6 +368,27 @@ def test_a_mask_of_another_model_is_refused(tmp_path: Path) -> None:
     assert_no_mask(model)
 
 
+@pytest.mark.parametrize(("ours", "its"), [(HEAD, ()), ((), HEAD)])
+def test_a_head_named_in_one_place_only_is_an_error(
+    ours: Sequence[str], its: Sequence[str], tmp_path: Path
+) -> None:
+    model = bert()
+    mask = some(model)
+    made = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=rows(),
+        processing_class=tiny_tokenizer(),
+        callbacks=[TrainerMask(mask, dense=ours)],
+        optimizers=(MaskedAdamW(model, mask, lr=0.01, dense=its), None),
+    )
+    with pytest.raises(UsageError, match="Give both the same `dense`"):
+        made.train()
+    TrainerMask.remove(model)
+    with pytest.raises(UsageError, match="The mask is a str"):
+        TrainerMask("mask.safetensors")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_sharded_training_is_refused(kind: DistributedType, tmp_path: Path) -> None:
     model = bert()
@@ -409,7 +429,7 @@ def train_in_parallel(rank: int, directory: Path) -> dict[str, dict[str, Tensor]
     assert same(model, resumed)
     made.train()  # the wrapped model once more
     assert not same(model, resumed)
-    assert verify(mask, bits(bert()), bits(resumed), dense=HEAD) == []
+    assert mask.verify(bits(bert()), bits(resumed), dense=HEAD) == []
     assert_that_late_callbacks_are_refused(directory)
     with pytest.raises(UsageError, match="are sharded, and a mask needs them whole"):
         trainer(fully_shard(bert()), mask, args, "the Trainer's own")
@@ -440,7 +460,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     ranks[rank][optimizer][name], expected, rtol=0, atol=1e-5
                 )
-            assert verify(mask, before, ranks[rank][optimizer], dense=HEAD) == []
+            assert mask.verify(before, ranks[rank][optimizer], dense=HEAD) == []
 
 
 def llama() -> LlamaForCausalLM:
@@ -483,7 +503,7 @@ def assert_only_selected_moved(
     mask: SparseMask, before: dict[str, Tensor], model: nn.Module
 ) -> None:
     after = bits(model)
-    assert verify(mask, before, after) == []
+    assert mask.verify(before, after) == []
     moved = sum(int((after[name] != before[name]).sum()) for name in mask.indices)
     assert moved == mask.count
 

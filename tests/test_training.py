@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.errors import IRDError, UsageError
-from ird_search.freeze import trainable_only, verify
+from ird_search.freeze import trainable_only
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
@@ -60,7 +60,7 @@ def test_it_learns_with_a_mask_and_a_head() -> None:
     with trainable_only(model, mask, head):
         losses = finetune(model, TASK, rows(40), optimizer=optimizer)
     assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert verify(mask, before, state(model), dense=[*head, *buffers]) == []
+    assert mask.verify(before, state(model), dense=[*head, *buffers]) == []
     assert all(p.grad is None for p in model.parameters())
 
 

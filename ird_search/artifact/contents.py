@@ -84,6 +84,17 @@ class MaskFile:
         provenance: Mapping[str, Any] = self.metadata["provenance"]
         return provenance
 
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The tensors that are to be trained whole beside the mask; empty where not recorded."""
+        return tuple(self.provenance.get("head") or ())
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate that was best for the mask, where recorded."""
+        rate = self.provenance.get("learning_rate")
+        return rate if isinstance(rate, float) else None
+
     def describe(self) -> str:
         """A few lines for people: size, where it lies in the model, who wrote it, and from what."""
         samples = repr(self.samples) if self.samples else "not recorded"

@@ -109,8 +109,14 @@ def _read_header(
     prefix = stream.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
+        if prefix.startswith((b"PK", b"\x80")):
+            raise ValueError(
+                "This is a file of torch.save, no safetensors file. If it is FISH's mask, read it "
+                "with read_fish_mask, or `ird-search import --from fish`."
+            )
         raise ValueError(
-            f"A file of {size} bytes cannot hold the header that it announces. {AGAIN}"
+            "This is no safetensors file, or it is cut short: a file of "
+            f"{size} bytes cannot hold the header that it announces. {AGAIN}"
         )
     if length > _MAX_HEADER:
         raise ValueError(

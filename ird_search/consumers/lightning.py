@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import nn
 
+from ird_search.entries import check_mask
 from ird_search.errors import UsageError, nearest
 from ird_search.freeze import MaskHandle, apply_mask
 from ird_search.mask import SparseMask
@@ -45,8 +46,9 @@ class LightningMask(Callback):
 
     Raises:
         ModelError: from `fit`, the mask is of another model.
-        UsageError: from `fit`, there is no such module, the strategy shards the model, or the
-            module is made too late for several processes.
+        UsageError: `module` is no name; from `fit`, there is no such module, the strategy shards
+            the model, the module is made too late for several processes, or a masked optimizer has
+            other dense tensors.
 
     Example:
         >>> import torch, warnings
@@ -72,6 +74,12 @@ class LightningMask(Callback):
     """
 
     def __init__(self, mask: SparseMask, *, module: str = "", dense: Iterable[str] = ()) -> None:
+        check_mask(mask)
+        if not isinstance(module, str):
+            raise UsageError(
+                f"module is a {type(module).__name__}; the dotted name of a module within the "
+                "LightningModule is accepted, such as 'model'."
+            )
         self.mask, self.module = mask, module
         self.dense = (dense,) if isinstance(dense, str) else tuple(dense)
         self._masked: nn.Module | None = None
@@ -105,7 +113,9 @@ class LightningMask(Callback):
                 "With several processes the mask must be in force before the model is wrapped, and "
                 f"this one is wrapped already. Make {self.module!r} in __init__ of {owner}."
             )
-        self._apply(model)
+        handle = self._apply(model)
+        for optimizer in trainer.optimizers:
+            handle.check_dense(optimizer, alone=len(trainer.optimizers) == 1)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -124,10 +134,11 @@ class LightningMask(Callback):
         except AttributeError:
             return None
 
-    def _apply(self, model: nn.Module) -> None:
+    def _apply(self, model: nn.Module) -> MaskHandle:
         self._remove()
         self._handle = apply_mask(model, self.mask, dense=self.dense)
         self._masked = model
+        return self._handle
 
     def _remove(self) -> None:
         if self._handle is not None:

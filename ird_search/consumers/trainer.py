@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from ird_search.entries import check_mask
 from ird_search.errors import UsageError
 from ird_search.freeze import MaskHandle, apply_mask
 from ird_search.mask import SparseMask
@@ -51,8 +52,8 @@ class TrainerMask(TrainerCallback):
 
     Raises:
         ModelError: from the `Trainer`, the mask is of another model.
-        UsageError: from the `Trainer`, its model is sharded (FSDP, DeepSpeed), or the callback
-            came too late to several processes.
+        UsageError: from the `Trainer`, its model is sharded (FSDP, DeepSpeed), the callback came
+            too late to several processes, or a masked optimizer has other dense tensors.
 
     Example:
         >>> import tempfile, torch
@@ -77,6 +78,7 @@ class TrainerMask(TrainerCallback):
     """
 
     def __init__(self, mask: SparseMask, *, dense: Iterable[str] = ()) -> None:
+        check_mask(mask)
         self.mask = mask
         self.dense = (dense,) if isinstance(dense, str) else tuple(dense)
         self._before_wrapping: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -109,6 +111,10 @@ class TrainerMask(TrainerCallback):
                 "in `callbacks` when the Trainer is made."
             )
         self._apply(model)
+        optimizer = kwargs.get("optimizer")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
+        if optimizer is not None:
+            _in_force[model].check_dense(optimizer, alone=True)
 
     def on_train_end(
         self,

@@ -10,13 +10,18 @@ from ird_search.algebra import disjoint, intersection, union
 from ird_search.artifact import (
     FILE_NAME,
     DeltaFile,
-    MaskFile,
     inspect_file,
-    inspect_mask,
     save_mask,
 )
 from ird_search.errors import UsageError
-from ird_search.exchange.base import base_model, facts_of, refuse_existing, task_of
+from ird_search.exchange.base import (
+    MaskOf,
+    base_model,
+    facts_of,
+    mask_of,
+    refuse_existing,
+    task_of,
+)
 from ird_search.files import written_directory
 from ird_search.mask import SparseMask
 from ird_search.merge import merge_delta
@@ -36,22 +41,30 @@ _TOGETHER: dict[How, Callable[[Sequence[SparseMask]], SparseMask]] = {
 }
 
 
-def combine_masks(paths: Sequence[Path], output: Path, *, how: How) -> tuple[list[Path], str]:
+def combine_masks(
+    paths: Sequence[Path], output: Path, *, how: How
+) -> tuple[dict[Path, SparseMask], str]:
     """Write the union, intersection or difference of mask files, or masks that share nothing.
 
     Args:
         output: a mask file; for `disjoint` a directory, with a mask for each file.
 
     Returns:
-        What was written, and a note to show: empty, or that the masks' bases differ.
+        The masks by the files they were written to, and a note to show: empty, or that the bases
+        differ.
 
     Raises:
         ArtifactError: a file is damaged, or is no mask.
         UsageError: fewer than two masks, masks of different models, or an output that is there.
     """
-    if len(paths) < 2:
-        raise UsageError(f"{len(paths)} mask came; at least two can be combined.")
-    files = [inspect_mask(path) for path in paths]
+    if len(paths) == 1:
+        is_delta = isinstance(inspect_file(paths[0]), DeltaFile)
+        raise UsageError(
+            f"{paths[0]} is a delta. Say into which base to merge it (--model)."
+            if is_delta
+            else f"One mask came, {paths[0]}; at least two can be combined."
+        )
+    files = [mask_of(path) for path in paths]
     masks = [f.mask for f in files]
     provenance = {
         **_common([f.provenance for f in files]),
@@ -66,13 +79,15 @@ def combine_masks(paths: Sequence[Path], output: Path, *, how: How) -> tuple[lis
     note = "" if "weights_sha256" in provenance else OTHER_BASES
     refuse_existing(output)
     if how == "disjoint":
+        files_of = [f"{name}.safetensors" for name in _names(files)]
+        apart = dict(zip(files_of, disjoint(masks), strict=True))
         with written_directory(output) as place:
-            for name, mask in zip(_names(files), disjoint(masks), strict=True):
-                save_mask(place / f"{name}.safetensors", mask, provenance=provenance)
-        return [output / f"{name}.safetensors" for name in _names(files)], note
+            for name, mask in apart.items():
+                save_mask(place / name, mask, provenance=provenance)
+        return {output / name: mask for name, mask in apart.items()}, note
     combined = _TOGETHER[how](masks)
     save_mask(output, combined, provenance=provenance)
-    return [output], note
+    return {output: combined}, note
 
 
 def merged_model(path: Path, output: Path, *, model: str, revision: str | None = None) -> DeltaFile:
@@ -87,10 +102,10 @@ def merged_model(path: Path, output: Path, *, model: str, revision: str | None =
     if not isinstance(found, DeltaFile):
         raise UsageError(f"{path} is a mask, and has no values to put into a model. Pass a delta.")
     refuse_existing(output)
-    loaded = base_model(found.provenance, model, revision=revision)
-    merge_delta(loaded.model, found.delta)
-    processor = find_processor(model, task=task_of(found.provenance), revision=revision)
-    tuned: Any = loaded.model
+    tuned: Any = base_model(found.provenance, model, revision=revision)
+    merge_delta(tuned, found.delta)
+    task = task_of(found.provenance) or "classification"
+    processor = find_processor(model, task=task, revision=revision)
     with written_directory(output) as place, quiet():
         tuned.save_pretrained(place)
         if processor is not None:
@@ -108,7 +123,7 @@ def _common(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _names(files: Sequence[MaskFile]) -> list[str]:
+def _names(files: Sequence[MaskOf]) -> list[str]:
     """A name for each file: its own, or that of its directory where that tells more."""
     names = [f.path.parent.name if f.path.name == FILE_NAME else f.path.stem for f in files]
     twice = {name for name in names if names.count(name) > 1 or not name}

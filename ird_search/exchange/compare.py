@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ird_search.artifact import MaskFile, inspect_mask
+from ird_search.exchange.base import MaskOf, mask_of
 from ird_search.overlap import Overlap
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two mask files side by side.
+    """Two masks side by side.
 
     Args:
         overlap: what they share, by tensor.
@@ -21,8 +21,8 @@ class Comparison:
         differences: what both record and record differently, as (what, in A, in B).
     """
 
-    a: MaskFile
-    b: MaskFile
+    a: MaskOf
+    b: MaskOf
     overlap: Overlap
     same_base: bool | None
     differences: tuple[tuple[str, Any, Any], ...]
@@ -75,13 +75,13 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """What two mask files share; no model is needed.
+    """What the masks of two files share; no model is needed.
 
     Raises:
-        ArtifactError: a file is damaged, or is no mask.
+        ArtifactError: a file is damaged, or is neither a mask nor a delta.
         UsageError: the masks are of different models.
     """
-    one, other = inspect_mask(a), inspect_mask(b)
+    one, other = mask_of(a), mask_of(b)
     hashes = [f.provenance.get("weights_sha256") for f in (one, other)]
     same = hashes[0] == hashes[1] if None not in hashes else None
     mine, its = _told(one.provenance), _told(other.provenance)
@@ -94,5 +94,6 @@ def compare(a: Path, b: Path) -> Comparison:
 def _told(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says about task, data and settings, by name."""
     task, data = provenance.get("task") or {}, provenance.get("dataset") or {}
-    named = {"task": task.get("name"), "data": data.get("origin")}
+    found = [data.get("origin"), str(data.get("fingerprint", ""))[:12]]
+    named = {"task": task.get("name"), "data": " ".join(filter(None, found))}
     return {key: value for key, value in named.items() if value} | (provenance.get("search") or {})

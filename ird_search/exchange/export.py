@@ -20,10 +20,10 @@ from ird_search.consumers.formats import (
 )
 from ird_search.delta import export_delta
 from ird_search.errors import UsageError
-from ird_search.exchange.base import base_model, facts_of, model_of_config, refuse_existing
+from ird_search.exchange.base import base_model, facts_of, refuse_existing
 from ird_search.files import written_directory
 from ird_search.mask import SparseMask
-from ird_search.models import LoadedModel, quiet
+from ird_search.models import quiet
 
 Target = Literal["supertuning", "shira", "lora", "fish", "bool", "delta"]
 Origin = Literal["fish", "bool", "delta"]
@@ -35,15 +35,18 @@ class Options:
 
     Args:
         tuned: delta: the directory of the tuned model.
-        adapters: supertuning: at most so many adapters, 0 for as many as leave no repeat.
+        adapters: supertuning: at most so many; by default as many as leave no entry repeated.
         rank: shira: r; by default the one that comes nearest to the mask's count.
         budget: lora: its parameters; by default as many as the mask selects.
     """
 
     tuned: Path | None = None
-    adapters: int = 1
+    adapters: int | None = None
     rank: int | None = None
     budget: int | None = None
+
+
+_OPTION_OF = {"tuned": "delta", "adapters": "supertuning", "rank": "shira", "budget": "lora"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +54,12 @@ class _Source:
     """A mask, its base model, and what is trained whole beside it."""
 
     file: MaskFile
-    loaded: LoadedModel
+    model: nn.Module
     mask: SparseMask
-    dense: tuple[str, ...]
 
     @property
-    def model(self) -> nn.Module:
-        return self.loaded.model
+    def dense(self) -> tuple[str, ...]:
+        return self.file.head
 
 
 def export_mask(
@@ -65,7 +67,7 @@ def export_mask(
     output: Path,
     *,
     to: Target,
-    model: str,
+    model: str | None = None,
     revision: str | None = None,
     options: Options = Options(),
 ) -> str:
@@ -76,48 +78,55 @@ def export_mask(
             entries; `lora`: a directory with a LoRA configuration whose ranks follow the mask;
             `fish`: FISH's mask.bin; `bool`: a safetensors file of bool tensors; `delta`: what
             training made of the mask's entries, from the base and `options.tuned`.
-        model: the base model: a directory or a hub id.
+        model: the base model: a directory or a hub id. Only `bool` does without.
 
     Raises:
-        ArtifactError: the file is damaged, or no mask.
-        ModelError: the mask is of another model, or of other weights.
-        UsageError: an option is missing, or the output is there already.
+        ArtifactError: the file is damaged, or no mask, or the model has other weights.
+        ModelError: the mask is of another model.
+        UsageError: an option is missing or another target's, or the output is there already.
     """
-    if to not in get_args(Target):
-        raise UsageError(f"{to!r} is no target; known are {', '.join(get_args(Target))}.")
-    if to == "delta" and options.tuned is None:
-        raise UsageError("A delta needs the tuned model, too: pass its directory (--tuned).")
+    _check_options(to, model, options)
     refuse_existing(output)
     found = inspect_mask(path)
-    loaded = base_model(found.provenance, model, revision=revision)
-    recorded = "weights_sha256" in found.provenance
-    mask = load_mask(path, loaded.model, strict=recorded)
-    dense = tuple(found.provenance.get("head") or ())
+    if to == "bool" and model is None:
+        write_bool_mask(found.mask, output)
+        return _told(found.mask)
+    base = base_model(found.provenance, str(model), revision=revision)
+    mask = load_mask(path, base, strict="weights_sha256" in found.provenance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by old names
-        return _EXPORTS[to](_Source(found, loaded, mask, dense), output, options)
+        return _EXPORTS[to](_Source(found, base, mask), output, options)
+
+
+def _check_options(to: Target, model: str | None, options: Options) -> None:
+    if to not in get_args(Target):
+        raise UsageError(f"{to!r} is no target; known are {', '.join(get_args(Target))}.")
+    problems = [
+        f"--{name} is an option of --to {target}, and not of {to}."
+        for name, target in _OPTION_OF.items()
+        if getattr(options, name) is not None and target != to
+    ]
+    if to == "delta" and options.tuned is None:
+        problems.append("A delta needs the tuned model, too: pass its directory (--tuned).")
+    if model is None and to != "bool":
+        problems.append(f"--model is missing: {to} needs the base model.")
+    if problems:
+        raise UsageError(problems)
 
 
 def import_mask(
-    path: Path,
-    output: Path,
-    *,
-    kind: Origin,
-    model: str | None = None,
-    revision: str | None = None,
-    dense: Sequence[str] = (),
+    path: Path, output: Path, *, kind: Origin, dense: Sequence[str] = ()
 ) -> tuple[SparseMask, tuple[str, ...]]:
     """Write the mask that another format holds as an `ird-mask` file.
 
     Args:
         kind: `fish`: FISH's mask.bin; `bool`: a safetensors file of bool tensors; `delta`: the mask
             of a delta.
-        model: FISH: the base model, whose order of tensors and names the mask takes.
-        dense: fish, bool: regular expressions for the tensors that were trained whole.
+        dense: fish, bool: regular expressions for the tensors that are trained whole.
 
     Raises:
         ArtifactError: the file is damaged, or is of another kind.
-        UsageError: the tensors do not fit the model, or the output is there already.
+        UsageError: an expression matches nothing, or the output is there already.
     """
     refuse_existing(output)
     provenance: dict[str, Any] = {"imported": {"from": kind, "name": path.name}}
@@ -126,24 +135,34 @@ def import_mask(
         mask, whole = found.delta.mask, tuple(found.delta.dense)
         provenance |= facts_of(found.provenance)
     else:
-        read = {"fish": read_fish_mask, "bool": read_bool_mask}[kind]
-        module = None if model is None else model_of_config(model, revision)
-        mask, whole = read(path, module, dense=dense)
+        mask, whole = {"fish": read_fish_mask, "bool": read_bool_mask}[kind](path, dense=dense)
     save_mask(output, mask, provenance={**provenance, "head": list(whole)})
     return mask, whole
 
 
 def _supertuning(source: _Source, output: Path, options: Options) -> str:
     convert = import_module("ird_search.consumers.peft").to_supertuning
-    adapters = options.adapters or None
-    wrapped, coverage = convert(source.model, source.mask, dense=source.dense, adapters=adapters)
-    return _saved(wrapped, coverage, output)
+    wrapped, coverage = convert(
+        source.model, source.mask, dense=source.dense, adapters=options.adapters
+    )
+    repeated = (
+        "Some entries are stored several times, and stock PEFT would take a step with each copy.\n"
+        if coverage.stored > coverage.held
+        else ""
+    )
+    return (
+        f"{_saved(wrapped, coverage, output)}\n{repeated}Train it with "
+        f"load_supertuning(model, {str(output)!r}, is_trainable=True) of ird_search.consumers.peft."
+    )
 
 
 def _shira(source: _Source, output: Path, options: Options) -> str:
     convert = import_module("ird_search.consumers.peft").to_shira
     wrapped, coverage = convert(source.model, source.mask, dense=source.dense, r=options.rank)
-    return _saved(wrapped, coverage, output)
+    return (
+        f"{_saved(wrapped, coverage, output)}\nTrain it with "
+        f"PeftModel.from_pretrained(model, {str(output)!r}, is_trainable=True)."
+    )
 
 
 def _saved(wrapped: Any, coverage: Any, output: Path) -> str:
@@ -158,7 +177,10 @@ def _lora(source: _Source, output: Path, options: Options) -> str:
     arguments, coverage = ranks_of(source.model, source.mask, budget=budget, dense=source.dense)
     with written_directory(output) as place:
         import_module("peft").LoraConfig(**arguments).save_pretrained(place)
-    return str(coverage.describe())
+    return (
+        f"{coverage.describe()}\nStart it with get_peft_model(model, "
+        f"LoraConfig.from_pretrained({str(output)!r}))."
+    )
 
 
 def _fish(source: _Source, output: Path, options: Options) -> str:
@@ -168,7 +190,11 @@ def _fish(source: _Source, output: Path, options: Options) -> str:
 
 def _bool(source: _Source, output: Path, options: Options) -> str:
     write_bool_mask(source.mask, output)
-    return f"{source.mask.count:,} entries are True (train)."
+    return _told(source.mask)
+
+
+def _told(mask: SparseMask) -> str:
+    return f"{mask.count:,} entries are True (train)."
 
 
 def _delta(source: _Source, output: Path, options: Options) -> str:
@@ -177,13 +203,18 @@ def _delta(source: _Source, output: Path, options: Options) -> str:
     seed = {"search": {"seed": (provenance.get("search") or {}).get("seed", 0)}}
     delta = export_delta(
         source.model,
-        tuned.model,
+        tuned,
         source.mask,
         output,
         dense=source.dense,
         provenance={**facts_of(provenance), **seed, "mask_sha256": source.file.sha256},
     )
-    return repr(delta)
+    held = dict(source.model.named_parameters())
+    moved = sum(
+        int((held[name].detach().flatten()[index] != delta.values[name]).sum())
+        for name, index in source.mask.indices.items()
+    )
+    return f"{delta!r}\n{moved:,} of {delta.mask.count:,} selected entries differ from the base."
 
 
 _EXPORTS: dict[Target, Callable[[_Source, Path, Options], str]] = {
