@@ -119,13 +119,14 @@ def line(
         proxies.trial(candidate(s), probe.best.rate, seed=s, verdict=True)
         for s in range(1, seeds + 1)
     ]
+    if failures := [t.failure for t in (probe.best, *trials) if not t.ok]:
+        raise SystemExit(f"A fine-tune of {trained:,} parameters failed: {failures[0]}")
     return {
         "trained": trained,
         "rate": probe.best.rate,
         "rates": {f"{t.rate:g}": round(t.score, 4) for t in probe.trials},
         "losses": [round(t.loss, 4) for t in trials],
         "accuracies": [round(t.metrics["accuracy"], 4) for t in trials],
-        "failures": [t.failure for t in trials if t.failure],
     }
 
 
@@ -192,11 +193,13 @@ def main() -> None:
     parser.add_argument("--eval", required=True, help="evaluation rows")
     parser.add_argument("--limit", type=int, default=5000, help="training rows that are used")
     parser.add_argument("--steps", type=int, default=120, help="steps of a fine-tune")
-    parser.add_argument("--seeds", type=int, default=4, help="seeds of the verdict")
+    parser.add_argument("--seeds", type=int, default=4, help="seeds of the verdict, at least 2")
     parser.add_argument("--work", type=Path, default=Path("runs/fish_tuning"), help="ledger")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2: the intervals are over seeds")
     torch.set_num_threads(options.threads)
     config = SearchConfig(proxy_steps=options.steps, eval_samples=872, head=None)
     found = compare(options, config)

@@ -66,7 +66,7 @@ def disjoint(
         [[0, 1, 3], [2, 4]]
     """
     masks = in_common_space(masks)
-    contested = in_at_least(2, masks)
+    contested = in_at_least(2, masks) if len(masks) > 1 else masks[0] - masks[0]
     claims = torch.stack([torch.isin(contested.coords, m.coords) for m in masks], dim=1)
     if scores is not None:
         found = _claimed_scores(masks, contested, scores)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ird_search.borrow import borrowed
 from ird_search.config import DataConfig, SearchConfig, split_settings
 from ird_search.devices import resolve_device
-from ird_search.errors import ModelError
+from ird_search.errors import ModelError, UsageError
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
@@ -142,6 +142,11 @@ def fisher_scores(
         >>> scores.by_parameter["0.weight"].shape, scores.by_sample.shape, scores.path
         (torch.Size([8, 4]), torch.Size([6]), 'taps')
     """
+    if settings.get("scoring_steps"):
+        raise UsageError(
+            "scoring_steps is a setting of a search: fisher_scores computes at the weights that "
+            "the model has. Train it for a few steps first."
+        )
     config, options = _resolved(config, settings)
     with _as_it_came(model):
         loaded, task, samples, _ = open_samples(

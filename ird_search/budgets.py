@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ird_search.errors import UsageError
-from ird_search.parameters import ParameterSpace
+from ird_search.parameters import ParameterSpace, compiled
 from ird_search.selection import ranks
 
 LORA = (r"\.lora_(embedding_)?A\b", r"\.lora_(embedding_)?B\b")
@@ -55,15 +55,16 @@ class Budgets:
                 where both are there; an empty list means one budget for all.
 
         Raises:
-            UsageError: a pattern matches nothing that an earlier one has left.
+            UsageError: a pattern is no regular expression, or matches nothing that an earlier
+                one has left.
         """
         if patterns is None:
             found = [any(re.search(p, name) for name in space.names) for p in LORA]
             patterns = LORA if all(found) else ()
         left, groups = list(space.names), []
-        for pattern in patterns:
-            names = tuple(name for name in left if re.search(pattern, name))
-            groups.append((pattern, names))
+        for pattern in compiled(patterns, "groups"):
+            names = tuple(filter(pattern.search, left))
+            groups.append((pattern.pattern, names))
             left = [name for name in left if name not in names]
         if empty := [pattern for pattern, names in groups if not names]:
             raise UsageError(

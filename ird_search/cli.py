@@ -39,9 +39,6 @@ EXIT_CODES = """\b
 Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
 75 out of memory or disk (the same command goes on), 130/143 interrupted (likewise)."""
 
-GOES_ON = "The same command goes on where this one stopped."
-SMALLER = "Lower --batch-size, --fisher-tokens or --cache-mb."
-
 JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Base = Annotated[str | None, typer.Option("--model", help="the base model: a directory or hub id")]
 Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
@@ -59,8 +56,15 @@ def _terminate(signum: int, frame: Any) -> None:
     raise _Terminated
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what goes wrong in a command into one message and the right exit code."""
+def guarded(
+    command: Callable[..., None], goes_on: str = "", smaller: str = ""
+) -> Callable[..., None]:
+    """Turn what goes wrong in a command into one message and the right exit code.
+
+    Args:
+        goes_on: what to say of an interrupted command.
+        smaller: what helps where memory runs out.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -70,21 +74,29 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except IRDError as error:
             _end(f"ird-search: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _end(f"Interrupted. {GOES_ON}", 128 + signal.SIGINT)
+            _end(f"Interrupted. {goes_on}", 128 + signal.SIGINT)
         except _Terminated:
-            _end(f"Terminated. {GOES_ON}", 128 + signal.SIGTERM)
+            _end(f"Terminated. {goes_on}", 128 + signal.SIGTERM)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            _end(f"ird-search: out of memory. {SMALLER} {GOES_ON}", ResourceError.exit_code)
+            _end(f"ird-search: out of memory. {smaller} {goes_on}", ResourceError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
 
     return run
 
 
+resumable = functools.partial(
+    guarded,
+    goes_on="The same command goes on where this one stopped.",
+    smaller="Lower --batch-size, --fisher-tokens or --cache-mb.",
+)
+"""For commands whose finished work stays."""
+
+
 def _end(message: str, code: int) -> typing.NoReturn:
-    print(message, file=sys.stderr)
+    print(message.rstrip(), file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -141,7 +153,7 @@ def _parameter(config: type, f: Any) -> inspect.Parameter:
 
 
 @app.command(epilog=EXIT_CODES)
-@guarded
+@resumable
 @with_settings(DataConfig, SearchConfig)
 def run(
     output: Output,
@@ -179,7 +191,7 @@ def run(
 
 
 @app.command()
-@guarded
+@resumable
 def demo(
     output: Output = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="every random choice derives from it")] = 0,
@@ -228,9 +240,12 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="mask files; or one delta, with --model")],
     output: Written,
     how: Annotated[
-        Literal["union", "intersection", "difference", "disjoint"],
-        typer.Option(help="difference: the first without the others; disjoint: a mask for each"),
-    ] = "union",
+        Literal["union", "intersection", "difference", "disjoint"] | None,
+        typer.Option(
+            help="union (default); difference: the first without the others; disjoint: a mask for "
+            "each, which share nothing"
+        ),
+    ] = None,
     model: Base = None,
     revision: Revision = None,
 ) -> None:
@@ -241,13 +256,16 @@ def merge(
     """
     exchange = import_module("ird_search.exchange")
     if model is None:
-        written, note = exchange.combine_masks(files, output, how=how)
+        written, note = exchange.combine_masks(files, output, how=how or "union")
         for path, mask in written.items():
             print(f"{path}  {mask.count:,} parameters")
         print(note, end="\n" * bool(note))
         return
-    if len(files) != 1:
-        raise UsageError(f"{len(files)} files came with --model; it takes one delta.")
+    if len(files) != 1 or how:
+        raise UsageError(
+            f"{len(files)} files came with --model{f' and --how {how}' * bool(how)}; it takes one "
+            "delta, and no --how."
+        )
     found = exchange.merged_model(files[0], output, model=model, revision=revision)
     print(f"{found.delta!r}\n{output}")
 
@@ -297,7 +315,7 @@ def import_(
     output: Written,
     dense: Annotated[
         list[str] | None,
-        typer.Option(help="regular expression of tensors that are trained whole (repeatable)"),
+        typer.Option(help="name, or regular expression, of tensors that are trained whole (repeatable)"),
     ] = None,
 ) -> None:
     """Write the mask of another format as an ird-mask file."""

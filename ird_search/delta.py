@@ -52,7 +52,8 @@ def export_delta(
         ModelError: the mask is of another model, or anything else moved; up to ten tensors are
             named.
         UsageError: both are state dicts, or share their tensors; a dense name is unknown or
-            masked; with a path, also what `save_delta` raises.
+            masked; a dtype cannot be stored (complex numbers); with a path, also what `save_delta`
+            raises.
 
     Example:
         >>> import torch

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ird_search.errors import ResourceError, UsageError
@@ -44,7 +44,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise _explained(path, data, error) from error
+            raise _explained(error, path, len(data)) from error
         raise
 
 
@@ -52,9 +52,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new directory that takes its name only once the block has ended without an error.
 
+    Else nothing of it is left behind. What the block itself raises is passed on, but for a disk
+    that gave out.
+
     Raises:
         UsageError: there is something at `path` already, or the place cannot be written.
-        ResourceError: the disk is full. Nothing is left behind.
+        ResourceError: the disk is full, a quota or limit is reached, or the disk is faulty.
 
     Example:
         >>> import tempfile
@@ -69,20 +72,23 @@ def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-        if path.exists():
-            raise UsageError(f"{path} is there already. Choose another place, or remove it first.")
-        os.rename(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise _explained(path, b"", error) from error
+        with _explaining(path):
+            _refuse_existing(path)
+            temporary.mkdir(parents=True)
+        with _explaining(path, _EXHAUSTED):
+            yield temporary
+        with _explaining(path):
+            _sync_files(temporary)
+            _refuse_existing(path)  # a rename would replace an empty directory
+            os.rename(temporary, path)
+            _sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} is there already. Choose another place, or remove it first.")
 
 
 def _write_and_check(path: Path, data: bytes) -> None:
@@ -93,6 +99,13 @@ def _write_and_check(path: Path, data: bytes) -> None:
         file.seek(0)
         if file.read() != data:
             raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+
+
+def _sync_files(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _sync_directory(directory: Path) -> None:
@@ -106,14 +119,31 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _explained(path: Path, data: bytes, error: OSError) -> UsageError | ResourceError:
+@contextlib.contextmanager
+def _explaining(path: Path, numbers: Collection[int] | None = None) -> Iterator[None]:
+    """Say of the block's errors that the directory `path` cannot be written.
+
+    Args:
+        numbers: of which errors; of every OSError by default.
+    """
+    try:
+        yield
+    except OSError as error:
+        if numbers is None or error.errno in numbers:
+            raise _explained(error, path) from error
+        raise
+
+
+def _explained(error: OSError, path: Path, size: int | None = None) -> UsageError | ResourceError:
+    """What an error of the disk means for the file `path` of this size, or for a directory."""
     reason = error.strerror or str(error)
+    kind, of_size = ("place", "") if size is None else ("file", f" ({size:,} bytes)")
     if error.errno in _EXHAUSTED:
         return ResourceError(
-            f"{path} could not be written ({len(data):,} bytes): {reason}. What was there before "
-            "is untouched. Make room or choose another disk, then continue."
+            f"{path} could not be written{of_size}: {reason}. What was there before is untouched. "
+            "Make room or choose another disk, then continue."
         )
     return UsageError(
         f"{path} cannot be written: {reason}. What was there before is untouched. "
-        "Choose a file in a directory that you may write to."
+        f"Choose a {kind} in a directory that you may write to."
     )

@@ -68,7 +68,8 @@ def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ())
     * Tensors without a trained entry stop requiring a gradient, and lose the one they hold.
     * Gradients of the others are zeroed outside the mask during backward: before clipping.
     * Around each step of an optimizer that owns one of these tensors, frozen entries are put back
-      bit for bit: weight decay and momentum move entries whose gradient is zero.
+      bit for bit: weight decay and momentum move entries whose gradient is zero. What writes
+      weights outside `step()` (schedule-free `eval()`, Lookahead, weight averaging) is not seen.
 
     For the time of a step this takes a copy of the touched tensors. A `masked` optimizer needs
     none: there, `apply_mask` is what zeroes gradients before somebody else's clipping.

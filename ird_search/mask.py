@@ -135,19 +135,27 @@ class SparseMask:
 
     def __and__(self, other: SparseMask) -> SparseMask:
         """The parameters in both masks."""
+        if not isinstance(other, SparseMask):
+            return NotImplemented
         return in_at_least(2, [self, other])
 
     def __or__(self, other: SparseMask) -> SparseMask:
         """The parameters in either mask."""
+        if not isinstance(other, SparseMask):
+            return NotImplemented
         return in_at_least(1, [self, other])
 
     def __sub__(self, other: SparseMask) -> SparseMask:
         """The parameters of this mask that the other lacks."""
+        if not isinstance(other, SparseMask):
+            return NotImplemented
         mine, its = in_common_space([self, other])
         return SparseMask(mine.space, mine.coords[~torch.isin(mine.coords, its.coords)])
 
     def __xor__(self, other: SparseMask) -> SparseMask:
         """The parameters in one mask and not in both."""
+        if not isinstance(other, SparseMask):
+            return NotImplemented
         return (self | other) - (self & other)
 
     def jaccard(self, other: SparseMask) -> float:
@@ -234,7 +242,8 @@ def in_at_least(least: int, masks: Iterable[SparseMask]) -> SparseMask:
     With 1 it is their union, with the number of masks their intersection, between these a vote.
 
     Raises:
-        UsageError: no mask is given, or the masks are of different models.
+        UsageError: no mask is given, the masks are of different models, or `least` lies outside
+            1 … the number of masks.
 
     Example:
         >>> space = ParameterSpace(("w",), ((6,),))
@@ -243,6 +252,11 @@ def in_at_least(least: int, masks: Iterable[SparseMask]) -> SparseMask:
         tensor([1, 2])
     """
     masks = in_common_space(masks)
+    if not 1 <= least <= len(masks):
+        raise UsageError(
+            f"least is {least} for {len(masks)} masks; it must be from 1 (their union) to "
+            f"{len(masks)} (their intersection)."
+        )
     coords, votes = torch.cat([mask.coords for mask in masks]).unique(return_counts=True)
     return SparseMask(masks[0].space, coords[votes >= least])
 

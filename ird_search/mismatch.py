@@ -18,6 +18,41 @@ _WRAPPERS = {"base_model.model.": "PEFT", "module.": "DataParallel", "_orig_mod.
 
 _OR_ADAPT = " (to_supertuning and to_shira make adapters of a mask)"
 
+_FORMS = (
+    (
+        r"(?<=\.)_orig_mod\.",
+        "compiled by torch.compile",
+        "Use the {what} on the model as it is before torch.compile.",
+    ),
+    (
+        r"(?<=\.)module\.",
+        "wrapped by DataParallel",
+        "Use the {what} on the model as it is before wrapping.",
+    ),
+    (
+        r"\.(base_layer|original_module|(modules_to_save|lora_\w+)\.\w+)(?=\.)",
+        "adapted by PEFT",
+        "Take the adapters off with unload() or merge_and_unload() of the PEFT model, and use the "
+        f"{{what}} on the bare model that it returns{_OR_ADAPT}.",
+    ),
+    (
+        r"_orig$",
+        "pruned by torch.nn.utils.prune, or under spectral_norm",
+        "Make it ordinary weights again with prune.remove, or with remove_spectral_norm.",
+    ),
+    (
+        r"\bparametrizations\.|\.original\d*$",
+        "under a parametrization",
+        "Make it ordinary weights again with torch.nn.utils.parametrize.remove_parametrizations.",
+    ),
+    (
+        r"_[gv]$",
+        "under weight_norm",
+        "Make it ordinary weights again with remove_weight_norm.",
+    ),
+)
+"""What other libraries do to a part of a model: what that puts into names, what it is, the cure."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -69,18 +104,8 @@ def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
             "another size of the model, vocabulary or head, or quantised weights. Load the same "
             "model."
         )
-    for prefix, wrapper in _WRAPPERS.items():
-        here, there = _all_under(prefix, held), _all_under(prefix, wanted)
-        if here and not there:
-            return (
-                f"this model is wrapped by {wrapper} (prefix {prefix!r}). Use the {what} on the "
-                f"model as it is before wrapping{_OR_ADAPT if wrapper == 'PEFT' else ''}."
-            )
-        if there and not here:
-            return (
-                f"the {what} was made on a model wrapped by {wrapper} (prefix {prefix!r}). Wrap "
-                "this model in the same way first."
-            )
+    if cause := _wrapped(held, wanted, what) or _formed(missing, held, wanted, what):
+        return cause
     if not {n for n, _ in model.named_parameters(remove_duplicate=False)}.isdisjoint(missing):
         return (
             "tied weights. Here the tensor is a second name of another one; load the model with "
@@ -105,6 +130,49 @@ def _likely_cause(space: ParameterSpace, model: nn.Module, what: str) -> str:
         "another architecture, or another major version of transformers, which renames tensors. "
         f"Compare the base model and the versions with those that the {what} was made with."
     )
+
+
+def _wrapped(held: Shapes, wanted: Shapes, what: str) -> str:
+    """What one of the two models is wrapped by; empty for nothing."""
+    for prefix, wrapper in _WRAPPERS.items():
+        here, there = _all_under(prefix, held), _all_under(prefix, wanted)
+        if here and not there:
+            return (
+                f"this model is wrapped by {wrapper} (prefix {prefix!r}). Use the {what} on the "
+                f"model as it is before wrapping{_OR_ADAPT if wrapper == 'PEFT' else ''}."
+            )
+        if there and not here:
+            return (
+                f"the {what} was made on a model wrapped by {wrapper} (prefix {prefix!r}). Wrap "
+                "this model in the same way first."
+            )
+    return ""
+
+
+def _formed(missing: Sequence[str], held: Shapes, wanted: Shapes, what: str) -> str:
+    """Which of `_FORMS` a part of one of the two models has; empty for none."""
+    for sign, done, cure in _FORMS:
+        here, there = _plain(sign, held), _plain(sign, wanted)
+        if not there and (name := next((n for n in missing if n in here), "")):
+            return (
+                f"this model, or a part of it, is {done}: {name!r} is {here[name]!r} here. "
+                + cure.format(what=what)
+            )
+        if not here and (name := next((n for n in there if n in held), "")):
+            return (
+                f"the {what} was made on a model that was, in whole or in part, {done}: "
+                f"{there[name]!r} is {name!r} here. Bring this model into the same form first."
+            )
+    return ""
+
+
+def _plain(sign: str, names: Iterable[str]) -> dict[str, str]:
+    """The first name with a sign, by each name that comes of taking it away."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (plain := re.sub(sign, "", name)) != name:
+            found.setdefault(plain, name)
+    return found
 
 
 def _renamed(old: str, new: str, what: str) -> str:

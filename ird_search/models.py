@@ -41,7 +41,7 @@ DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfl
 SHOWN = 10
 """Tensors that a message lists."""
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +255,7 @@ def _load(
             **_head_settings(config, task, num_labels),
             **where,
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(_why(name, error)) from error
     replaced = {key[0] for key in report["mismatched_keys"]}
     parameters = dict(model.named_parameters())
@@ -306,7 +306,7 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
     where = {} if revision is None else {"revision": revision}
     try:
         processor = loader.from_pretrained(name, trust_remote_code=False, **where)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"No {what} could be loaded from {name!r} ({reason}). Pass one as `processor`."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ird_search.entries import Entries, trained_entries
-from ird_search.errors import UsageError
+from ird_search.errors import UsageError, nearest
 from ird_search.mask import SparseMask
 
 
@@ -39,11 +39,21 @@ class _Flat:
         self, group: int, entries: Iterable[Entries], master: Tensor | None = None
     ) -> None:
         self.group, self.entries = group, tuple(entries)
-        like = self.entries[0].parameter
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.is_half = like.dtype != self.dtype
-        values = self._weights() if master is None else master.to(like.device)
+        values = self._weights() if master is None else master.to(self._like.device)
         self.parameter = nn.Parameter(values)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the weights are too coarse to hold a small update; they may be cast any time."""
+        return self._like.dtype != self._wide
+
+    @property
+    def _like(self) -> nn.Parameter:
+        return self.entries[0].parameter
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self._like.dtype, torch.float32)
 
     @property
     def counts(self) -> list[int]:
@@ -60,7 +70,7 @@ class _Flat:
         """Read the weights and their gradients: [k] each."""
         self.parameter.data = self._current()
         gradients = [e.take_gradient(e.parameter.grad) for e in self.entries]  # type: ignore[arg-type]
-        self.parameter.grad = torch.cat(gradients).to(self.dtype)
+        self.parameter.grad = torch.cat(gradients).to(self._wide)
 
     def store(self) -> None:
         """Write the weights back."""
@@ -76,7 +86,7 @@ class _Flat:
 
     def _weights(self) -> Tensor:
         parts = [e.take(e.parameter.detach()) for e in self.entries]
-        return torch.cat(parts).to(self.dtype)
+        return torch.cat(parts).to(self._wide)
 
     def _current(self) -> Tensor:
         """The weights to update.
@@ -84,11 +94,11 @@ class _Flat:
         A master value stands for its weight as long as it rounds to it; otherwise someone has
         written the weight (a restored snapshot, a loaded checkpoint), and the weight counts.
         """
-        weights = self._weights()
-        if not self.is_half:
+        weights, master = self._weights(), self.parameter.data
+        if not self.is_half or master.shape != weights.shape:  # cast to half only now
             return weights
-        master = self.parameter.data
-        rounded = master.to(self.entries[0].parameter.dtype).to(master.dtype)
+        master = master.to(weights)
+        rounded = master.to(self._like.dtype).to(master.dtype)
         return torch.where(rounded == weights, master, weights)
 
 
@@ -107,9 +117,15 @@ class MaskedOptimizer(Optimizer):
         clip_norm: float | None = None,
         **options: Any,
     ) -> None:
+        self._is_built = False
         masked, whole = trained_entries(model, mask, dense)
         own, dense_own = _by_group({"lr": lr, **options})
         _check(own, dense_own, clip_norm)
+        if dense_own and not whole:
+            raise UsageError(
+                f"dense_{next(iter(dense_own))} is given, but no tensor is dense: name some in "
+                "`dense`, or leave it out."
+            )
         self._flats = [*_flats(0, masked), *_flats(1, whole)]
         groups: list[dict[str, Any]] = [{"params": self._of(0), "mask": mask.digest}]
         if whole:
@@ -118,6 +134,12 @@ class MaskedOptimizer(Optimizer):
             self._inner = self.optimizer_class(groups, **own)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{self.optimizer_class.__name__}: {error}.") from error
+        if unknown := [key for key in dense_own if key not in self._inner.defaults]:
+            raise UsageError(
+                f"{self.optimizer_class.__name__} has no option {key!r}, so dense_{key} means "
+                f"nothing.{nearest(key, self._inner.defaults)}"
+                for key in unknown
+            )
         _require_elementwise(self.optimizer_class, own)
         real = [masked, whole][: len(groups)]
         super().__init__(
@@ -129,6 +151,7 @@ class MaskedOptimizer(Optimizer):
         )
         self.clip_norm = clip_norm
         self.state = self._inner.state
+        self._is_built = True
         self._release()
 
     @property
@@ -198,13 +221,17 @@ class MaskedOptimizer(Optimizer):
         for group, loaded in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: a class that `masked` made is made again."""
+        return _blank, (self.optimizer_class,), self.__dict__.copy()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: a mask fixes what is trained.
 
         Raises:
             UsageError: the optimizer is already built.
         """
-        if hasattr(self, "clip_norm"):
+        if self._is_built:
             raise UsageError(
                 f"A {type(self).__name__} takes no further parameters; name them in `dense` when "
                 "it is made."
@@ -360,6 +387,11 @@ def masked(optimizer_class: type[Optimizer]) -> type[MaskedOptimizer]:
     return made
 
 
+def _blank(optimizer_class: Any) -> MaskedOptimizer:
+    made = masked(optimizer_class)
+    return made.__new__(made)
+
+
 def _flats(group: int, entries: tuple[Entries, ...]) -> list[_Flat]:
     """One vector for each dtype and device, which is nearly always one."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Entries]] = {}
@@ -398,20 +430,25 @@ def _check(own: Mapping[str, Any], dense: Mapping[str, Any], clip_norm: float | 
     """All that torch would find, and what it lets pass (a NaN), at once."""
     named = [*own.items(), *((f"dense_{key}", value) for key, value in dense.items())]
     problems = [
-        f"{key} is {value}; it must be at least 0."
+        f"{key} is {value!r}; it must be at least 0."
         for key, value in named
         if key.removeprefix("dense_") in ("lr", "eps", "weight_decay", "momentum")
-        and not float(value) >= 0
+        and not (_is_number(value) and float(value) >= 0)
     ]
     problems += [
-        f"{key} are {value}; each must be at least 0 and below 1."
+        f"{key} are {value!r}; each must be at least 0 and below 1."
         for key, value in named
-        if key.removeprefix("dense_") == "betas" and not all(0 <= beta < 1 for beta in value)
+        if key.removeprefix("dense_") == "betas"
+        and not (isinstance(value, Sequence) and all(_is_number(b) and 0 <= b < 1 for b in value))
     ]
     if clip_norm is not None and not clip_norm > 0:
         problems.append(f"clip_norm is {clip_norm}; it must be above 0, or None for no clipping.")
     if problems:
         raise UsageError(problems)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
 
 
 def _require_elementwise(optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:

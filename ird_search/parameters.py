@@ -150,7 +150,7 @@ def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> 
         patterns: regular expressions searched in the names instead; an empty list means no head.
 
     Raises:
-        UsageError: a pattern matches nothing.
+        UsageError: a pattern is no regular expression, or matches nothing.
     """
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if patterns is not None:
@@ -205,7 +205,7 @@ def candidate_space(
         exclude: regular expressions; matching names are dropped.
 
     Raises:
-        UsageError: a pattern matches nothing.
+        UsageError: a pattern is no regular expression, or matches nothing.
         ModelError: nothing is left to choose from.
     """
     barred = set(head) | (set() if embeddings else set(embedding_parameters(model)))
@@ -224,12 +224,45 @@ def candidate_space(
     return ParameterSpace.of(model, names)
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
+def compiled(patterns: Iterable[str], what: str) -> list[re.Pattern[str]]:
+    """Regular expressions, compiled: one, or several.
+
+    Args:
+        what: the setting that they are given for.
+
+    Raises:
+        UsageError: some are no regular expressions; each is named with the reason.
+
+    Example:
+        >>> [pattern.pattern for pattern in compiled(["^a", "b$"], "include")]
+        ['^a', 'b$']
+        >>> compiled(["a("], "include")
+        Traceback (most recent call last):
+        ...
+        ird_search.errors.UsageError: include pattern 'a(' is no regular expression: missing ), ...
+    """
+    found, problems = list[re.Pattern[str]](), list[str]()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            found.append(re.compile(pattern))
+        except (re.error, OverflowError, TypeError) as error:
+            problems.append(
+                f"{what} pattern {pattern!r} is no regular expression: {error}. A backslash before "
+                "a special character makes it stand for itself."
+            )
+    if problems:
+        raise UsageError(problems)
+    return found
+
+
+def _matching(names: Sequence[str], patterns: Iterable[str], what: str) -> list[str]:
+    searched = compiled(patterns, what)
     problems = [
-        f"{what} pattern {pattern!r} matches no trainable parameter. Names look like {names[:3]}."
-        for pattern in patterns
-        if not any(re.search(pattern, name) for name in names)
+        f"{what} pattern {pattern.pattern!r} matches no trainable parameter. Names look like "
+        f"{names[:3]}."
+        for pattern in searched
+        if not any(map(pattern.search, names))
     ]
     if problems:
         raise UsageError(problems)
-    return [name for name in names if any(re.search(p, name) for p in patterns)]
+    return [name for name in names if any(pattern.search(name) for pattern in searched)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.config import SearchConfig
-from ird_search.errors import IRDError, NoProxySucceeded, out_of_memory
+from ird_search.errors import IRDError, ModelError, NoProxySucceeded, out_of_memory
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Ledger, unit_key
 from ird_search.mask import SparseMask
@@ -30,7 +30,7 @@ from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
 from ird_search.task import Task, logits_of
-from ird_search.training import Snapshot, finetune, snapshot
+from ird_search.training import Diverged, Snapshot, finetune, snapshot
 
 Kind = Literal["ird", "fish", "random", "full", "head"]
 
@@ -215,14 +215,28 @@ class Proxies:
         return Candidate("full", _empty(self.problem.space))
 
     def advanced(self, steps: int) -> Snapshot:
-        """All that is trained, after so many steps of training it; the model stays as it was."""
-        start = snapshot(self.problem.model)
-        try:
-            seed = derive(self.config.seed, "scoring point")
-            self._train(self.full(), self.full().start_rate(), seed, steps)
-            return snapshot(self.problem.model)
-        finally:
-            start.restore()
+        """All that is trained, after so many steps of training it; the model stays as it was.
+
+        Where that leaves the finite numbers, it is tried again at a third of the rate, twice.
+
+        Raises:
+            ModelError: it does so at every rate.
+        """
+        start, rate = snapshot(self.problem.model), self.full().start_rate()
+        seed = derive(self.config.seed, "scoring point")
+        for i in range(3):
+            try:
+                self._train(self.full(), _rate(rate, -i), seed, steps)
+                return snapshot(self.problem.model)
+            except Diverged as problem:
+                reason = problem.reason
+            finally:
+                start.restore()
+        raise ModelError(
+            f"The {steps} steps of training before scoring diverged at rates from {rate:g} down "
+            f"to {_rate(rate, -2):g}: {reason}. Pass other scoring_steps (--scoring-steps; 0 "
+            "scores the model as it is), or look for samples without a finite loss."
+        )
 
     def score(self, candidate: Candidate) -> ProxyScore:
         """The candidate's best trial over learning rates a factor of 3 apart.
@@ -327,13 +341,14 @@ class Proxies:
                 trained = [w for w in p.model.parameters() if w.requires_grad]
                 optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=c.weight_decay)
             else:
+                head_rate = rate if candidate.kind == "head" else c.head_learning_rate
                 optimizer = MaskedAdamW(
                     p.model,
                     candidate.mask,
                     lr=rate,
                     weight_decay=c.weight_decay,
                     dense=dense,
-                    dense_lr=rate if candidate.kind == "head" else c.head_learning_rate,
+                    dense_lr=head_rate if dense else None,
                 )
             there = (p.train.batch(rows, p.device) for rows in batches)
             with sparse_backward(p.model, candidate.mask, dense):

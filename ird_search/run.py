@@ -128,7 +128,7 @@ class Run:
             assert winner is not None  # the target is always reached: each round shrinks a range
             verdict = self._verdict(winner, fisher)
             scores = fisher.row_scores(winner.pair.rows, winner.mask.coords)
-            finite = scores.isfinite()  # samples that were left out told nothing
+            finite = scores.float().isfinite()  # samples that were left out told nothing
             chosen = ChosenRows(samples.ids[winner.pair.rows][finite], scores[finite].float())
         self.show.stop()
         provenance = self._provenance(winner, verdict, fisher)

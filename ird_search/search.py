@@ -195,10 +195,7 @@ def nominate(
         chosen = budgets.ranks(scored[known], is_open, k if move == "window" else 0, k)
         mask = SparseMask(fisher.space, chosen if is_open is None else is_open[chosen])
         if not mask.count and move != "window":
-            raise ModelError(
-                "Every candidate parameter has a Fisher score of exactly zero: no gradient reaches "
-                "them. Look for detached or unused layers, or change include or exclude."
-            )
+            raise ModelError(_nothing_to_select(scored[known], k, budgets))
         key = (rows.numel(), step, mask.digest)
         if key not in seen and (mask.count == k or move != "window"):
             seen.add(key)
@@ -207,6 +204,20 @@ def nominate(
                 is_open = _without(is_open, top, scored[known].numel())
             went = shrunk if move in ("both", "rows") else pair.shrunk
             yield move, Pair(rows, is_open, mask.coords, went, step), mask
+
+
+def _nothing_to_select(scores: Tensor, k: int, budgets: Budgets) -> str:
+    if not bool((scores > 0).any()):
+        return (
+            "Every candidate parameter has a Fisher score of exactly zero: no gradient reaches "
+            "them. Look for detached or unused layers, or change include or exclude."
+        )
+    shares = zip(budgets.groups, budgets.shares(k), strict=True)
+    told = ", ".join(f"{share:,} of {label!r}" for (label, _), share in shares)
+    return (
+        f"A budget of {k:,} is {told}, and where it gives something, all scores are exactly zero. "
+        "Raise density or scoring_steps, or pass other groups."
+    )
 
 
 def _without(is_open: Tensor | None, top: Tensor, width: int) -> Tensor:

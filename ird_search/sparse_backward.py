@@ -78,27 +78,46 @@ class Pattern:
         return self.index.numel() < SCATTERED * sum(t.numel() for t in self._touched)
 
     @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """(row, column) of each entry, counted among the touched ones."""
+        (row, column), (rows, columns) = self.coordinates, self._touched
+        return torch.searchsorted(rows, row), torch.searchsorted(columns, column)
+
+    @cached_property
     def _compressed(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Row bounds, columns and size of the matrix of touched rows and columns."""
-        (row, column), (rows, columns) = self.coordinates, self._touched
-        wanted = torch.arange(rows.numel() + 1, device=row.device)
-        bounds = torch.searchsorted(torch.searchsorted(rows, row), wanted)
-        return bounds, torch.searchsorted(columns, column), (rows.numel(), columns.numel())
+        rows, columns = self._touched
+        wanted = torch.arange(rows.numel() + 1, device=rows.device)
+        bounds = torch.searchsorted(self._places[0], wanted)
+        return bounds, self._places[1], (rows.numel(), columns.numel())
 
     def prepared(self) -> Pattern:
         """Itself, with all that later calls need computed."""
-        _ = self._bounds if self._is_scattered else (self._bounds, self._compressed)
+        _ = self._bounds, self._places, None if self._is_scattered else self._compressed
         return self
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """What `products` needs of [T, rows]: the touched ones, where they are few."""
+        return _some(x, self._touched[0])
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        """What `products` needs of [T, columns]."""
+        return _some(x, self._touched[1])
+
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Σ_t left[t, row] right[t, column] at the entries: [T, rows], [T, columns] give [k]."""
+        """Σ_t left[t, row] right[t, column] at the entries: [k].
+
+        Args:
+            left: what `of_rows` made of [T, rows].
+            right: what `of_columns` made of [T, columns].
+        """
         wide = torch.promote_types(left.dtype, torch.float32)
         found = (self._gathered if self._is_scattered else self._sampled)(left, right, wide)
         return found.to(left.dtype)
 
     def _gathered(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         """The products of the k pairs at each position, a few positions at a time."""
-        row, column = self.coordinates
+        row, column = self._places
         size = max(1, min(left.shape[0], PAIRS // max(1, row.numel())))
         total = left.new_zeros(size, row.numel(), dtype=dtype)
         for x, y in zip(left.split(size), right.split(size), strict=True):
@@ -108,10 +127,10 @@ class Pattern:
 
     def _sampled(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         """Dot products over the positions, which must lie behind one another: transposed first."""
-        (rows, columns), beta = self._touched, 0.0
-        found = self._zeros(dtype)
-        x, y = _some(left, rows).to(dtype), _some(right, columns).to(dtype)
-        for part, other in zip(transposed(x), transposed(y), strict=True):
+        found, beta = self._zeros(dtype), 0.0
+        for part, other in zip(
+            transposed(left.to(dtype)), transposed(right.to(dtype)), strict=True
+        ):
             found, beta = torch.sparse.sampled_addmm(found, part, other.mT, beta=beta), 1.0
         return found.values()
 
@@ -176,13 +195,18 @@ def _some(t: Tensor, columns: Tensor) -> Tensor:
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """y = a Wᵀ + b (flipped: a W + b) whose backward gives W a sparse gradient."""
+    """y = a Wᵀ + b (flipped: a W + b) whose backward gives W a sparse gradient.
+
+    Of a, only the columns are kept that some selected entry touches.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, flipped: bool
     ) -> Tensor:
-        ctx.save_for_backward(a, weight)
+        flat = a.reshape(-1, a.shape[-1])
+        kept = pattern.of_rows(flat) if flipped else pattern.of_columns(flat)
+        ctx.save_for_backward(kept, weight)
         ctx.pattern, ctx.flipped = pattern, flipped
         return F.linear(a, weight.mT if flipped else weight, bias)
 
@@ -190,15 +214,17 @@ class _MaskedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outs: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = outs
-        a, weight = ctx.saved_tensors
+        kept, weight = ctx.saved_tensors
         to_input = None
         if ctx.needs_input_grad[0]:
             to_input = g @ (weight.mT if ctx.flipped else weight)
-        flat_g, flat_a = g.reshape(-1, g.shape[-1]), a.reshape(-1, a.shape[-1])
-        sides = (flat_a, flat_g) if ctx.flipped else (flat_g, flat_a)
-        to_weight = ctx.pattern.gradient(ctx.pattern.products(*sides))
-        to_bias = flat_g.sum(0) if ctx.needs_input_grad[2] else None
-        return to_input, to_weight, to_bias, None, None
+        flat, pattern = g.reshape(-1, g.shape[-1]), ctx.pattern
+        if ctx.flipped:
+            values = pattern.products(kept, pattern.of_columns(flat))
+        else:
+            values = pattern.products(pattern.of_rows(flat), kept)
+        to_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return to_input, pattern.gradient(values), to_bias, None, None
 
 
 class _MaskedEmbedding(torch.autograd.Function):
@@ -264,7 +290,8 @@ def sparse_backward(
     same, and the selected entries of the gradients are, up to rounding; `masked` optimizers read
     these sparse gradients. Layers of another kind, tensors selected above a density of 8% and dense
     ones are left alone, and so is everything under autocast or a compiler. The layers' own
-    `forward` is back afterwards, also after an exception.
+    `forward` is back afterwards, also after an exception. A checkpointed block must be
+    differentiated within the block, and gradients of these gradients are not to be had.
 
     Args:
         mask: the entries that are trained.

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ird_search import SearchResult, fisher_scores, search_mask
+from ird_search.errors import ModelError, UsageError
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
+from ird_search.proxy import Candidate, Proxies
 from ird_search.scoring import STEPS, ScoringPoint, scoring_steps
 from ird_search.task import logits_of
-from ird_search.training import snapshot
+from ird_search.training import Diverged, snapshot
 from tests.tiny import TEXT_ROWS, tiny_bert, tiny_tokenizer
 from tests.toy import QUICK, bits, same_bits
 
@@ -174,3 +176,34 @@ def test_ordinary_models_are_scored_where_they_are() -> None:
     model = tiny_bert()
     assert scoring_steps(None, model, ParameterSpace.of(model, ["classifier.weight"])) == 0
     assert scoring_steps(3, model, ParameterSpace.of(model, ["classifier.weight"])) == 3
+
+
+def test_a_budget_too_small_for_every_group_is_told_apart_from_dead_layers() -> None:
+    with pytest.raises(ModelError, match=r"A budget of 1 is 1 of .*lora_.*all scores are exactly"):
+        found(lora(), density=1 / 256, scoring_steps=0)
+
+
+def test_scoring_steps_that_diverge_are_tried_at_lower_rates_and_then_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, rates = lora(), []
+    before = bits(model)
+    train = Proxies._train
+
+    def diverging(self: Proxies, candidate: Candidate, rate: float, seed: int, steps: int) -> None:
+        if candidate.kind == "full" and steps == 7:
+            rates.append(rate)
+            train(self, candidate, 1e-3, seed, 1)  # the weights have moved by then
+            raise Diverged(3, "the loss is nan")
+        train(self, candidate, rate, seed, steps)
+
+    monkeypatch.setattr(Proxies, "_train", diverging)
+    with pytest.raises(ModelError, match=r"The 7 steps .* the loss is nan.*--scoring-steps"):
+        found(model, scoring_steps=7)
+    assert len(rates) == 3 and rates == sorted(rates, reverse=True)
+    assert same_bits(before, model)
+
+
+def test_scores_of_a_model_as_it_is_take_no_scoring_steps() -> None:
+    with pytest.raises(UsageError, match="scoring_steps is a setting of a search"):
+        fisher_scores(lora(), TEXTS, processor=tiny_tokenizer(), scoring_steps=3)

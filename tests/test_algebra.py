@@ -63,11 +63,19 @@ def test_masks_of_different_candidates_combine_as_sets(
     assert (a | b).digest == (b | a).digest
 
 
-@given(st.lists(masks(), min_size=1, max_size=4), st.integers(1, 5))
-def test_votes_are_counted(given_masks: list[SparseMask], least: int) -> None:
+@given(st.lists(masks(), min_size=1, max_size=4))
+def test_votes_are_counted(given_masks: list[SparseMask]) -> None:
     sets = [entries_of(mask) for mask in given_masks]
-    wanted = {e for e in ENTRIES if sum(e in s for s in sets) >= least}
-    assert entries_of(in_at_least(least, given_masks)) == wanted
+    for least in range(1, len(given_masks) + 1):
+        wanted = {e for e in ENTRIES if sum(e in s for s in sets) >= least}
+        assert entries_of(in_at_least(least, given_masks)) == wanted
+
+
+@pytest.mark.parametrize("least", [-1, 0, 3])
+def test_votes_that_none_or_all_entries_have_are_refused(least: int) -> None:
+    two = [mask_of([("w", 0)]), mask_of([("w", 1)])]
+    with pytest.raises(UsageError, match=rf"least is {least} for 2 masks; it must be from 1 "):
+        in_at_least(least, two)
 
 
 def test_the_common_space_keeps_an_order_that_all_share_and_else_sorts_by_name() -> None:

@@ -12,6 +12,7 @@ from ird_search.errors import UsageError
 from ird_search.parameters import ParameterSpace
 from ird_search.search import Pair, Ranges
 from ird_search.selection import ranks
+from ird_search.verdict import _fish
 from tests.test_search import nominate
 from tests.toy import DenseFisher
 
@@ -44,6 +45,14 @@ def test_the_first_pattern_that_matches_wins_and_one_that_never_does_is_an_error
     assert [names for _, names in budgets.groups] == [NAMES[:2], NAMES[2:3], NAMES[3:4], NAMES[4:]]
     with pytest.raises(UsageError, match=r"\^x.*matches no candidate"):
         Budgets.of(SPACE, ["lora", "^x."])
+
+
+def test_what_is_no_regular_expression_is_told_with_the_reason() -> None:
+    with pytest.raises(UsageError) as e:
+        Budgets.of(SPACE, ["(", "lora_A", "["])
+    assert len(e.value.problems) == 2
+    assert "groups pattern '(' is no regular expression: missing )" in str(e.value)
+    assert "groups pattern '[' is no regular expression: unterminated" in str(e.value)
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=5), st.integers(0, 400))
@@ -98,3 +107,17 @@ def test_a_round_of_the_search_keeps_the_shares() -> None:
     for mask in masks.values():
         assert tuple(budgets.counts(mask.coords).values()) == budgets.shares(12)
     assert not (masks["columns"] & masks["window"]).count
+
+
+def test_the_fish_control_has_the_same_shares() -> None:
+    fisher = DenseFisher(torch.rand(16, 30, generator=torch.Generator().manual_seed(0)) + 0.01)
+    fisher.space = SPACE
+    fisher.values[:, SPACE.span("y.lora_B.w")] *= 1e6
+    fisher.on = lambda samples: fisher
+
+    class Rows(list):
+        def select(self, drawn: object) -> object:
+            return drawn
+
+    candidate = _fish(fisher, Rows(range(16)), 8, 12, grouped(), 0, 0)
+    assert tuple(grouped().counts(candidate.mask.coords).values()) == grouped().shares(12)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -96,3 +97,14 @@ def test_the_budget_is_the_nearest_whole_number(
 def test_choices_of_a_setting() -> None:
     hints = {f.name: f.type for f in fields(SearchConfig)}
     assert hints["strategy"] == "Strategy" and choices(int) == ()
+
+
+@pytest.mark.parametrize("config", [SearchConfig, DataConfig])
+def test_the_docs_list_every_setting_with_its_default_and_its_words(config: type) -> None:
+    path = Path(__file__).parent.parent / "docs" / "settings.md"
+    rows = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    hints = get_type_hints(config)
+    for f in fields(config):
+        (row,) = [r for r in rows if r.startswith(f"| `{f.name}` |")]
+        assert f.metadata["help"] in row and all(word in row for word in choices(hints[f.name]))
+        assert f.default in (None, ()) or f"`{f.default}`" in row

@@ -193,6 +193,32 @@ def test_buffers_that_moved_are_stored_whole_and_others_are_not() -> None:
     assert "norm.running_var" in wanted  # asked for
 
 
+class Rotary(nn.Module):
+    """A linear layer beside complex angles."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("angles", torch.polar(torch.ones(3), torch.arange(3.0)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_buffers_may_be_there_and_may_not_move(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = Rotary(dtype)
+    mask, target = mask_of(base), copy.deepcopy(base)
+    with torch.no_grad():
+        target.linear.bias.add_(1)
+    delta = export_delta(base, target, mask)
+    before = bits(base)
+    with merge_delta(base, delta):
+        assert same(base, target)
+    assert same(base, before) and delta.dense == {}
+    target.angles[1] += 1e-6j
+    with pytest.raises(UsageError, match=rf"'angles' is {dtype} on cpu; .*f64.* can be stored"):
+        export_delta(base, target, mask, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_any_bits_survive() -> None:
     base = nn.Linear(4, 1)
     target = copy.deepcopy(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,7 @@ def test_the_exported_fish_mask_is_what_fish_writes(
 
 def test_bad_calls(found: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
     export = ["export", found[0], "--model", base, "-o", tmp_path / "x"]
+    merge_one = ["merge", found[0], "-o", tmp_path / "x"]
     there = tmp_path / "there"
     there.mkdir()
     for code, part, words in (
@@ -274,6 +276,12 @@ def test_bad_calls(found: tuple[Path, Path], base: Path, tmp_path: Path) -> None
         (5, "no safetensors file", ["inspect", found[0] / "report.md"]),
         (2, "is there already", ["merge", *found, "-o", there]),
         (2, "takes one delta", ["merge", *found, "--model", base, "-o", tmp_path / "x"]),
+        (2, "and no --how", [*merge_one, "--model", base, "--how", "union"]),
+        (
+            2,
+            "leave out --dense",
+            ["import", found[0], "--from", "delta", "--dense", "a", "-o", "x"],
+        ),
         (2, "has no values", ["merge", found[0], "--model", base, "-o", tmp_path / "x"]),
         (2, "--tuned", ["export", found[0], "--to", "delta", "--model", base, "-o", "x"]),
         (2, "'onnx'", ["export", found[0], "--to", "onnx", "--model", base, "-o", "x"]),
@@ -323,3 +331,73 @@ def test_a_mask_of_other_weights_is_not_exported(
 ) -> None:
     said = refused(5, "export", found[0], "--to", "bool", "--model", tuned, "-o", tmp_path / "x")
     assert "not those that the mask was made for" in said and not (tmp_path / "x").exists()
+
+
+def test_masks_of_one_seed_keep_the_head_that_their_searches_had(
+    found: tuple[Path, Path], base: Path, tmp_path: Path
+) -> None:
+    call("merge", found[1], found[1], "-o", tmp_path / "m.safetensors")
+    heads = [
+        base_model(inspect_mask(path).provenance, str(base)).get_parameter("classifier.weight")
+        for path in (found[0], found[1], tmp_path / "m.safetensors")
+    ]
+    assert torch.equal(heads[1], heads[2]) and not torch.equal(heads[0], heads[1])
+
+
+def test_a_search_in_bfloat16_is_exported_in_bfloat16(base: Path, tmp_path: Path) -> None:
+    search_mask(base, TEXT_ROWS * 6, output=tmp_path / "run", dtype="bfloat16", **SMALL)
+    words = ["export", tmp_path / "run", "--to", "fish", "--model", base]
+    call(*words, "-o", tmp_path / "mask.bin")
+    call("merge", tmp_path / "run", tmp_path / "run", "-o", tmp_path / "m.safetensors")
+    call("export", tmp_path / "m.safetensors", *words[2:], "-o", tmp_path / "again.bin")
+
+
+def test_three_masks_of_like_names_are_three_files(
+    found: tuple[Path, Path], tmp_path: Path
+) -> None:
+    paths = [tmp_path / "p" / "x", tmp_path / "q" / "x", tmp_path / "r" / "2-x"]
+    for path in paths:
+        save_mask(path / "mask.safetensors", masks(found)[0])
+    call("merge", *paths, "--how", "disjoint", "-o", tmp_path / "apart")
+    apart = [inspect_mask(file).mask for file in sorted((tmp_path / "apart").iterdir())]
+    assert len(apart) == 3 and sum(mask.count for mask in apart) == masks(found)[0].count
+
+
+def test_free_provenance_is_no_stumbling_block(
+    found: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    free = {"task": "sst2", "search": "walk", "dataset": 3, "head": "classifier"}
+    save_mask(tmp_path / "free.safetensors", masks(found)[0], provenance=free)
+    assert "Jaccard" in call("compare", tmp_path / "free.safetensors", found[0])
+    call(
+        "export",
+        tmp_path / "free.safetensors",
+        "--to",
+        "fish",
+        "--model",
+        tuned,
+        "-o",
+        tmp_path / "x",
+    )
+
+
+def test_without_peft_the_way_to_get_it_is_told(
+    found: tuple[Path, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("ird_search.consumers.peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    words = ["export", found[0], "--to", "shira", "--model", base, "-o", tmp_path / "x"]
+    assert "pip install 'ird_search[peft]'" in refused(2, *words)
+
+
+def test_a_base_that_cannot_be_loaded_is_named(
+    found: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    save_mask(tmp_path / "bare.safetensors", masks(found)[0])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((tuned / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    words = ["export", tmp_path / "bare.safetensors", "--to", "fish", "--model", broken]
+    assert "cannot be loaded" in refused(4, *words, "-o", tmp_path / "x")

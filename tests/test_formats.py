@@ -132,6 +132,49 @@ def test_dense_tensors_are_named_and_leave_the_mask() -> None:
     assert everything.space == ParameterSpace.of(BERT)
 
 
+class Distil(nn.Module):
+    """One layer's name is the end of another's, as in DistilBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pre_classifier = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.classifier = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("form", ["tensors", "fish"])
+def test_a_dense_name_means_that_tensor_alone(tmp_path: Path, form: str) -> None:
+    model = Distil()
+    space = ParameterSpace.of(model, [n for n, _ in model.named_parameters() if n not in HEAD])
+    for name in ("pre_classifier.weight", "pre_classifier.bias"):  # which may be selected in full
+        span = space.span(name)
+        mask = SparseMask(space, torch.arange(span.start, span.stop))
+        if form == "fish":
+            write_fish_mask(mask, tmp_path / "mask.bin", model, dense=HEAD)
+            again = read_fish_mask(tmp_path / "mask.bin", model, dense=HEAD)
+        else:
+            tensors = to_tensors(mask, model, trains=1, dense=HEAD)
+            again = from_tensors(tensors, model, trains=1, dense=HEAD)
+        assert again == (mask, HEAD)
+
+
+def test_a_dense_expression_that_is_no_name_is_searched() -> None:
+    ones = {name: torch.ones(p.shape) for name, p in Distil().named_parameters()}
+    assert len(from_tensors(ones, trains=1, dense="classifier.weigh")[1]) == 2
+    assert from_tensors(ones, trains=1, dense=["^classifier", "body.bias"])[1] == (
+        "body.bias",
+        *HEAD,
+    )
+    odd = {"w[": torch.ones(2), "b": torch.zeros(2)}  # a name need be no regular expression
+    assert from_tensors(odd, trains=1, dense=["w["])[1] == ("w[",)
+
+
+def test_dense_patterns_that_are_no_regular_expressions_are_refused() -> None:
+    with pytest.raises(UsageError) as e:
+        from_tensors({"0.bias": torch.ones(3)}, NET, trains=1, dense=["(", "bias", "[a"])
+    assert len(e.value.problems) == 2
+    assert "dense pattern '(' is no regular expression: missing )" in str(e.value)
+
+
 def test_every_problem_is_told_at_once() -> None:
     tensors = {
         "0.weight": torch.full((3, 4), 0.5),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import and_, or_, sub, xor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -85,6 +89,22 @@ def test_masks_of_different_models_do_not_combine() -> None:
     assert mine != other
     assert mine.digest != other.digest
     assert mine != "a mask"
+
+
+@pytest.mark.parametrize("combine", [and_, or_, sub, xor], ids=lambda f: f.__name__)
+def test_masks_combine_with_masks_alone(combine: Callable[[Any, Any], Any]) -> None:
+    class Other:
+        """Knows how to combine with anything on its left."""
+
+        __rand__ = __ror__ = __rsub__ = __rxor__ = lambda self, mask: ("mine", mask)
+
+    mask = mask_of({1})
+    for stranger in (3, {1}, None):
+        with pytest.raises(TypeError, match="unsupported operand type"):
+            combine(mask, stranger)
+        with pytest.raises(TypeError, match="unsupported operand type"):
+            combine(stranger, mask)
+    assert combine(mask, Other()) == ("mine", mask)
 
 
 def test_many_differences_are_counted_and_ten_are_named() -> None:

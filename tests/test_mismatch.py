@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ird_search.artifact import Delta, load_delta, load_mask, save_delta, save_mask
 from ird_search.delta import export_delta
@@ -83,6 +85,106 @@ def test_real_wrappers_have_these_prefixes(
     wrap: Callable[[nn.Module], nn.Module], wrapper: str
 ) -> None:
     assert f"wrapped by {wrapper}" in why(network(), wrap(network()))
+
+
+def changed(change: Callable[[nn.Sequential], object]) -> nn.Sequential:
+    model = network()
+    change(model)
+    return model
+
+
+def compile_last(model: nn.Sequential) -> None:
+    model[1] = torch.compile(model[1])
+
+
+def parallelise_last(model: nn.Sequential) -> None:
+    model[1] = nn.DataParallel(model[1])
+
+
+def prune_last(model: nn.Sequential) -> None:
+    prune.random_unstructured(model[1], "weight", amount=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "undo", "done", "cure"),
+    [
+        (
+            prune_last,
+            lambda model: prune.remove(model[1], "weight"),
+            "pruned by torch.nn.utils.prune, or under spectral_norm",
+            "with prune.remove",
+        ),
+        (
+            lambda model: nn.utils.spectral_norm(model[1]),
+            lambda model: nn.utils.remove_spectral_norm(model[1]),
+            "pruned by torch.nn.utils.prune, or under spectral_norm",
+            "with remove_spectral_norm",
+        ),
+        (
+            lambda model: parametrizations.weight_norm(model[1]),
+            lambda model: parametrize.remove_parametrizations(model[1], "weight"),
+            "under a parametrization",
+            "with torch.nn.utils.parametrize.remove_parametrizations",
+        ),
+        (
+            lambda model: parametrizations.orthogonal(model[1]),
+            lambda model: parametrize.remove_parametrizations(model[1], "weight"),
+            "under a parametrization",
+            "with torch.nn.utils.parametrize.remove_parametrizations",
+        ),
+        (
+            lambda model: nn.utils.weight_norm(model[1]),
+            lambda model: nn.utils.remove_weight_norm(model[1]),
+            "under weight_norm",
+            "with remove_weight_norm",
+        ),
+        (compile_last, None, "compiled by torch.compile", "as it is before torch.compile"),
+        (parallelise_last, None, "wrapped by DataParallel", "as it is before wrapping"),
+    ],
+    ids=["prune", "spectral", "weight_norm", "orthogonal", "old_norm", "compile", "parallel"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
+def test_what_is_done_to_a_part_is_recognised_both_ways(
+    change: Callable[[nn.Sequential], object],
+    undo: Callable[[nn.Sequential], object] | None,
+    done: str,
+    cure: str,
+) -> None:
+    model = changed(change)
+    text = why(network(), model)
+    assert f"Likely: this model, or a part of it, is {done}: '1.weight' is '1." in text
+    assert cure in text
+    text = why(model, network())
+    assert f"Likely: the mask was made on a model that was, in whole or in part, {done}:" in text
+    assert "is '1.weight' here. Bring this model into the same form first." in text
+    if undo is not None:  # what the text says helps
+        undo(model)
+        assert why(network(), model) == ""
+
+
+def test_what_is_done_alike_to_both_is_no_cause() -> None:
+    both = changed(prune_last), changed(prune_last)
+    both[0].append(nn.Linear(3, 3))
+    assert "this model has fewer layers" in why(*both)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("targets", [["query"], "all-linear"])
+def test_a_model_that_peft_adapted_is_recognised_without_its_wrapper(targets: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"])
+    wrapped = peft.get_peft_model(tiny_bert(), config)
+    inner = wrapped.get_base_model()
+    text = why(tiny_bert(), inner)
+    assert "Likely: this model, or a part of it, is adapted by PEFT" in text
+    assert "query.weight' is 'bert.encoder.layer.0.attention.self.query.base_layer.weight'" in text
+    assert "use the mask on the bare model that it returns (to_supertuning and to_shira" in text
+    made_on_adapted = "made on a model that was, in whole or in part, adapted by PEFT"
+    assert made_on_adapted in why(inner, tiny_bert())
+    factors = [name for name, p in inner.named_parameters() if p.requires_grad]
+    assert made_on_adapted in mismatch(ParameterSpace.of(inner, factors), tiny_bert())
+    assert why(tiny_bert(), wrapped.unload()) == ""
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -519,6 +520,57 @@ def test_bad_settings(settings: dict, message: str) -> None:
     model, _ = make("mlp")
     with pytest.raises(UsageError, match=message):
         MaskedAdamW(model, full(model), **{"lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "a"}, "lr is 'a'; it must be at least 0"),
+        ({"betas": 0.9}, "betas are 0.9; each must be"),
+        ({"weight_decay": None, "eps": -1.0}, "2 problems"),
+        ({"dense_lr": 1.0}, "dense_lr is given, but no tensor is dense"),
+        ({"dense": ["2.bias"], "dense_weight_decy": 0.0}, "no option 'weight_decy'.*Did you mean"),
+    ],
+)
+def test_settings_of_a_wrong_kind(settings: dict, message: str) -> None:
+    model, _ = make("mlp")
+    mask = SparseMask(ParameterSpace.of(model, ["0.weight"]), torch.tensor([0]))
+    with pytest.raises(UsageError, match=message):
+        MaskedAdamW(model, mask, **{"lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_and_pickles_go_on_identically(optimizer_class: type, how: str) -> None:
+    model, x = make("mlp")
+    options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    optimizer = masked(optimizer_class)(model, some(model), lr=0.1, **options)
+    train(model, optimizer, x, steps=2)
+    pair = (model, optimizer)
+    other, again = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert type(again) is type(optimizer) and again.state is not optimizer.state
+    train(model, optimizer, x)
+    train(other, again, x)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_that_is_cast_to_half_later_gets_master_values(steps: int) -> None:
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = masked(torch.optim.SGD)(
+        model, SparseMask(ParameterSpace.of(model), torch.tensor([0, 2])), lr=1e-4
+    )
+    for i in range(200 + steps):
+        if i == steps:
+            model.bfloat16()
+            nn.init.ones_(model.weight)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    moved = model.weight.detach().flatten().float()
+    assert moved[[1, 3]].tolist() == [1.0, 1.0]
+    torch.testing.assert_close(moved[[0, 2]], torch.full((2,), 0.98), rtol=0, atol=0.004)
 
 
 def test_nothing_to_train_and_late_parameters() -> None:

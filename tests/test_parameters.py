@@ -120,6 +120,27 @@ def test_a_head_by_pattern() -> None:
         head_parameters(model, ["nope"])
 
 
+def test_what_is_no_regular_expression_is_told_with_the_reason() -> None:
+    model = tiny_bert()
+    for what, call in {
+        "head": lambda bad: head_parameters(model, bad),
+        "include": lambda bad: candidate_space(model, include=bad),
+        "exclude": lambda bad: candidate_space(model, exclude=bad),
+    }.items():
+        with pytest.raises(UsageError) as e:
+            call(["query", "(", "*", 3])
+        assert len(e.value.problems) == 3
+        first, second, third = e.value.problems
+        assert f"{what} pattern '(' is no regular expression: missing ), unterminated" in first
+        assert f"{what} pattern '*' is no regular expression: nothing to repeat" in second
+        assert f"{what} pattern 3 is no regular expression: first argument must be" in third
+
+
+def test_a_single_pattern_is_one_pattern() -> None:
+    model = tiny_bert()
+    assert candidate_space(model, include="query") == candidate_space(model, include=["query"])
+
+
 def test_a_frozen_parameter_is_no_head() -> None:
     model = tiny_bert()
     model.classifier.bias.requires_grad_(False)

@@ -284,6 +284,20 @@ def test_adapters_are_cut_so_that_the_fewest_values_are_stored() -> None:
     assert coverage.stored == mask.count
 
 
+@pytest.mark.parametrize("count", range(1, 16))
+def test_no_entry_is_lost_where_floats_fall_short_of_a_count(count: int) -> None:
+    """In floating point, 15·(1 − (1 − k/15)) is below k for k = 1 … 5."""
+    model, mask = layers((3, 5, count), (4, 4, 4))
+    wrapped, coverage = to_supertuning(model, mask, adapters=None)
+    picked = {
+        f"{name}.weight": next(iter(module.supertuning_indices.values())).unique().tolist()
+        for name, module in wrapped.get_base_model().named_modules()
+        if hasattr(module, "supertuning_indices")
+    }
+    assert picked == {name: index.tolist() for name, index in mask.indices.items()}
+    assert coverage.exact and coverage.stored == mask.count
+
+
 def test_layers_of_one_density_share_an_adapter_without_repeats() -> None:
     model, mask = layers((4, 4, 4), (8, 4, 8), (4, 8, 2), (4, 4, 1))
     _, coverage = to_supertuning(model, mask, adapters=None)
@@ -651,6 +665,34 @@ def test_dense_tensors_that_peft_cannot_save_alone() -> None:
         to_supertuning(odd, mask, dense=["token", "first.weight", "first.bias"])
     assert "'first.weight' is dense and tied to 'second.weight'" in str(caught.value)
     assert "'the model' also holds" in str(caught.value)
+
+
+def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["query"])
+    peft.get_peft_model(tiny_bert(), config).save_pretrained(tmp_path)
+    model = tiny_bert()
+    with pytest.raises(ArtifactError, match="with a LoraConfig; a SupertuningConfig is accepted"):
+        load_supertuning(model, tmp_path)
+    to_supertuning(model, bert()[1])  # it is still bare
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_cut_adapters_are_refused_all_at_once(tmp_path: Path, kept: int) -> None:
+    model, mask = bert()
+    bare = copy.deepcopy(model)
+    to_supertuning(model, mask, adapters=3)[0].save_pretrained(tmp_path)
+    one, two, three = sorted(tmp_path.glob("ird_mask*"))
+    load_supertuning(copy.deepcopy(bare), tmp_path)
+    for file in (one / "adapter_model.safetensors", two / "adapter_config.json"):
+        file.write_bytes(file.read_bytes()[:kept])
+    (three / "adapter_model.safetensors").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        load_supertuning(bare, tmp_path)
+    problems = caught.value.problems
+    assert problems[0].startswith(f"{one} holds a damaged adapter (SafetensorError: ")
+    assert problems[1].startswith(f"{two} holds a damaged adapter (JSONDecodeError: ")
+    assert problems[2].startswith(f"{three} holds no weights: ")
+    to_supertuning(bare, mask)  # it is still bare
 
 
 def test_a_directory_without_an_adapter(tmp_path: Path) -> None:

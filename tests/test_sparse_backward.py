@@ -218,10 +218,26 @@ def test_both_ways_to_multiply_are_met_and_agree() -> None:
     scattered, filled = (Pattern(random_subset(12000, k, seed=0), (40, 300)) for k in (60, 900))
     assert scattered._is_scattered and not filled._is_scattered
     for pattern in (scattered, filled):
+        x, y = pattern.of_rows(left), pattern.of_columns(right)
         for way in (pattern._gathered, pattern._sampled):
             torch.testing.assert_close(
-                way(left, right, torch.float32), dense[pattern.index], rtol=1e-4, atol=1e-4
+                way(x, y, torch.float32), dense[pattern.index], rtol=1e-4, atol=1e-4
             )
+        torch.testing.assert_close(pattern.products(x, y), way(x, y, torch.float32))
+
+
+def test_of_the_input_only_the_touched_columns_are_kept() -> None:
+    model = nn.Linear(100, 50)
+    entries = torch.tensor([7, 107, 1007, 1050])  # of columns 7 and 50
+    mask = SparseMask(ParameterSpace.of(model, ["weight"]), entries)
+    x = torch.randn(300, 100)
+    with sparse_backward(model, mask):
+        y = model(x)
+        sizes = [t.shape for t in y.grad_fn.saved_tensors]
+        y.square().sum().backward()
+    assert sizes == [(300, 2), (50, 100)]
+    expected = 2 * (y.detach().T @ x).flatten()[entries]
+    torch.testing.assert_close(model.weight.grad._values(), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 512, 700])

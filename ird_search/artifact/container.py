@@ -172,7 +172,7 @@ def header_of(form: Format[Any], table: Mapping[str, Any], text: str) -> bytes:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """The entries row by row, little-endian."""
-    width = tensor.element_size()
+    width = min(tensor.element_size(), 8)  # complex128 is two numbers of 8 bytes
     bits = tensor.detach().cpu().reshape(-1).view(_INTEGERS[width])
     return bits.numpy().astype(f"<i{width}", copy=False).tobytes()
 

@@ -87,7 +87,8 @@ class MaskFile:
     @property
     def head(self) -> tuple[str, ...]:
         """The tensors that are to be trained whole beside the mask; empty where not recorded."""
-        return tuple(self.provenance.get("head") or ())
+        head = self.provenance.get("head")
+        return tuple(map(str, head)) if isinstance(head, list | tuple) else ()
 
     @property
     def learning_rate(self) -> float | None:

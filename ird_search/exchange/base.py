@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from ird_search.artifact import MaskFile, inspect_file
 from ird_search.errors import ModelError, UsageError
 from ird_search.mask import SparseMask
-from ird_search.models import load_model, quiet
+from ird_search.models import LOAD_ERRORS, load_model, quiet
 from ird_search.seeds import derive
 
 
@@ -46,19 +46,65 @@ def mask_of(path: Path) -> MaskOf:
     return MaskOf(file.path, file.sha256, mask, file.provenance)
 
 
-FACTS = ("base_model", "architecture", "weights_sha256", "fresh_parameters", "task", "head")
-"""What masks of one base agree on, and what a delta takes over from its mask."""
+COMMON = ("base_model", "architecture", "weights_sha256", "fresh_parameters", "task", "head")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a file says of the model that its mask was made on, as far as it does.
+
+    Provenance is free: any of it may be missing, or be something else.
+
+    Args:
+        task: as `load_model` names it.
+        classes: how many the head has.
+        dtype: of the loaded weights.
+        seed: what a fresh head was drawn from.
+        is_adapted: whether the mask is over the adapters of a PEFT model.
+    """
+
+    task: str | None = None
+    classes: int | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    is_adapted: bool = False
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> Base:
+        """Read what a file records."""
+        task, search = part(provenance, "task"), part(provenance, "search")
+        architecture = str(provenance.get("architecture", ""))
+        name, classes = task.get("name"), task.get("num_labels")
+        if name == "classification" and architecture.endswith("ForImageClassification"):
+            name = "image-classification"
+        seed = provenance.get("seed", search.get("seed"))
+        dtype = provenance.get("dtype", search.get("dtype"))
+        return cls(
+            name if isinstance(name, str) else None,
+            classes if isinstance(classes, int) else None,
+            dtype if isinstance(dtype, str) else "auto",
+            seed if isinstance(seed, int) else 0,
+            architecture.startswith("Peft"),
+        )
+
+
+def part(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping within a provenance; empty where there is none."""
+    found = provenance.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def facts_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says about its base."""
-    return {key: provenance[key] for key in FACTS if key in provenance}
+    """What other files made from this one say about the base."""
+    base = Base.of(provenance)
+    kept = {key: provenance[key] for key in COMMON if key in provenance}
+    return {**kept, **({"seed": base.seed, "dtype": base.dtype} if base.task else {})}
 
 
 def base_model(
     provenance: Mapping[str, Any], model: str, *, revision: str | None = None
 ) -> nn.Module:
-    """Load the base as the search did: the same class, number of classes and fresh head.
+    """Load the base as the search did: the same class, number of classes, dtype and fresh head.
 
     Where no task is recorded, the class is the one that the model's own config.json names.
 
@@ -66,29 +112,23 @@ def base_model(
         UsageError: the mask is over the adapters of a PEFT model.
         ModelError: the model cannot be loaded.
     """
-    if str(provenance.get("architecture", "")).startswith("Peft"):
+    base = Base.of(provenance)
+    if base.is_adapted:
         raise UsageError(
             "This mask is over the adapters of a PEFT model, which no directory of a base model "
             "tells. In Python, make that model again and call the exporter."
         )
-    task = task_of(provenance)
-    if task is None:
+    if base.task is None:
         return _model_of_config(model, revision)
     return load_model(
         model,
-        task=task,
-        num_labels=provenance["task"].get("num_labels"),
-        seed=derive((provenance.get("search") or {}).get("seed", 0), "fresh head"),
+        task=base.task,
+        num_labels=base.classes,
+        seed=derive(base.seed, "fresh head"),
+        dtype=base.dtype,
         need_processor=False,
         revision=revision,
     ).model
-
-
-def task_of(provenance: Mapping[str, Any]) -> str | None:
-    """The task as `load_model` names it; None where it is not recorded."""
-    task = (provenance.get("task") or {}).get("name")
-    pictures = str(provenance.get("architecture", "")).endswith("ForImageClassification")
-    return "image-classification" if task and pictures else task
 
 
 def _model_of_config(model: str, revision: str | None) -> nn.Module:
@@ -99,7 +139,7 @@ def _model_of_config(model: str, revision: str | None) -> nn.Module:
             loaded: nn.Module = architecture.from_pretrained(
                 model, revision=revision, use_safetensors=True, trust_remote_code=False
             )
-    except (OSError, ValueError, AttributeError) as error:
+    except (*LOAD_ERRORS, AttributeError) as error:
         told = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{model} cannot be loaded: {told}") from error
     return loaded

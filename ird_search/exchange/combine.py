@@ -15,12 +15,12 @@ from ird_search.artifact import (
 )
 from ird_search.errors import UsageError
 from ird_search.exchange.base import (
+    Base,
     MaskOf,
     base_model,
     facts_of,
     mask_of,
     refuse_existing,
-    task_of,
 )
 from ird_search.files import written_directory
 from ird_search.mask import SparseMask
@@ -104,7 +104,7 @@ def merged_model(path: Path, output: Path, *, model: str, revision: str | None =
     refuse_existing(output)
     tuned: Any = base_model(found.provenance, model, revision=revision)
     merge_delta(tuned, found.delta)
-    task = task_of(found.provenance) or "classification"
+    task = Base.of(found.provenance).task or "classification"
     processor = find_processor(model, task=task, revision=revision)
     with written_directory(output) as place, quiet():
         tuned.save_pretrained(place)
@@ -126,5 +126,6 @@ def _common(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _names(files: Sequence[MaskOf]) -> list[str]:
     """A name for each file: its own, or that of its directory where that tells more."""
     names = [f.path.parent.name if f.path.name == FILE_NAME else f.path.stem for f in files]
-    twice = {name for name in names if names.count(name) > 1 or not name}
-    return [f"{n or 'mask'}-{i}" if n in twice else n for i, n in enumerate(names, start=1)]
+    if len(set(names)) == len(names) and all(names):
+        return names
+    return [f"{i}-{name}".rstrip("-") for i, name in enumerate(names, start=1)]

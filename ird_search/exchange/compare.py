@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ird_search.exchange.base import MaskOf, mask_of
+from ird_search.exchange.base import MaskOf, mask_of, part
 from ird_search.overlap import Overlap
 
 
@@ -93,7 +93,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 def _told(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says about task, data and settings, by name."""
-    task, data = provenance.get("task") or {}, provenance.get("dataset") or {}
+    task, data = part(provenance, "task"), part(provenance, "dataset")
     found = [data.get("origin"), str(data.get("fingerprint", ""))[:12]]
-    named = {"task": task.get("name"), "data": " ".join(filter(None, found))}
-    return {key: value for key, value in named.items() if value} | (provenance.get("search") or {})
+    named = {"task": task.get("name"), "data": " ".join(str(f) for f in found if f)}
+    return {key: value for key, value in named.items() if value} | dict(part(provenance, "search"))

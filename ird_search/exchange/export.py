@@ -90,7 +90,7 @@ def export_mask(
     found = inspect_mask(path)
     if to == "bool" and model is None:
         write_bool_mask(found.mask, output)
-        return _told(found.mask)
+        return _told(found.mask, found.head)
     base = base_model(found.provenance, str(model), revision=revision)
     mask = load_mask(path, base, strict="weights_sha256" in found.provenance)
     with warnings.catch_warnings():
@@ -122,12 +122,14 @@ def import_mask(
     Args:
         kind: `fish`: FISH's mask.bin; `bool`: a safetensors file of bool tensors; `delta`: the mask
             of a delta.
-        dense: fish, bool: regular expressions for the tensors that are trained whole.
+        dense: fish, bool: names of tensors that are trained whole, or regular expressions.
 
     Raises:
         ArtifactError: the file is damaged, or is of another kind.
         UsageError: an expression matches nothing, or the output is there already.
     """
+    if kind == "delta" and dense:
+        raise UsageError("A delta says itself what is trained whole: leave out --dense.")
     refuse_existing(output)
     provenance: dict[str, Any] = {"imported": {"from": kind, "name": path.name}}
     if kind == "delta":
@@ -140,8 +142,17 @@ def import_mask(
     return mask, whole
 
 
+def _peft() -> Any:
+    try:
+        return import_module("ird_search.consumers.peft")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"This needs peft, which is not installed ({error}): pip install 'ird_search[peft]'."
+        ) from error
+
+
 def _supertuning(source: _Source, output: Path, options: Options) -> str:
-    convert = import_module("ird_search.consumers.peft").to_supertuning
+    convert = _peft().to_supertuning
     wrapped, coverage = convert(
         source.model, source.mask, dense=source.dense, adapters=options.adapters
     )
@@ -157,7 +168,7 @@ def _supertuning(source: _Source, output: Path, options: Options) -> str:
 
 
 def _shira(source: _Source, output: Path, options: Options) -> str:
-    convert = import_module("ird_search.consumers.peft").to_shira
+    convert = _peft().to_shira
     wrapped, coverage = convert(source.model, source.mask, dense=source.dense, r=options.rank)
     return (
         f"{_saved(wrapped, coverage, output)}\nTrain it with "
@@ -172,7 +183,7 @@ def _saved(wrapped: Any, coverage: Any, output: Path) -> str:
 
 
 def _lora(source: _Source, output: Path, options: Options) -> str:
-    ranks_of = import_module("ird_search.consumers.peft").rank_pattern
+    ranks_of = _peft().rank_pattern
     budget = options.budget or source.mask.count
     arguments, coverage = ranks_of(source.model, source.mask, budget=budget, dense=source.dense)
     with written_directory(output) as place:
@@ -190,24 +201,24 @@ def _fish(source: _Source, output: Path, options: Options) -> str:
 
 def _bool(source: _Source, output: Path, options: Options) -> str:
     write_bool_mask(source.mask, output)
-    return _told(source.mask)
+    return _told(source.mask, source.dense)
 
 
-def _told(mask: SparseMask) -> str:
-    return f"{mask.count:,} entries are True (train)."
+def _told(mask: SparseMask, head: Sequence[str]) -> str:
+    left = f" The head is not in it: {', '.join(head)}." if head else ""
+    return f"{mask.count:,} entries are True (train).{left}"
 
 
 def _delta(source: _Source, output: Path, options: Options) -> str:
     provenance = source.file.provenance
     tuned = base_model(provenance, str(options.tuned))
-    seed = {"search": {"seed": (provenance.get("search") or {}).get("seed", 0)}}
     delta = export_delta(
         source.model,
         tuned,
         source.mask,
         output,
         dense=source.dense,
-        provenance={**facts_of(provenance), **seed, "mask_sha256": source.file.sha256},
+        provenance={**facts_of(provenance), "mask_sha256": source.file.sha256},
     )
     held = dict(source.model.named_parameters())
     moved = sum(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +13,7 @@ from ird_search.entries import trained_entries
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
 from ird_search.mismatch import listed, mismatch
-from ird_search.parameters import ParameterSpace
+from ird_search.parameters import ParameterSpace, compiled
 
 Trains = Literal[0, 1]
 """The value that means "train"."""
@@ -45,15 +44,17 @@ def from_tensors(
         trains: which value means "train". It has no default: formats disagree.
         layout: how the weights of `nn.Linear` and `Conv1D` lie: as in the model, all of them as
             (out, in), or all as (in, out). Other tensors always lie as in the model.
-        dense: regular expressions, searched in the names. What they match is trained whole and
-            outside the mask: the head. All else belongs to the mask, selected in full or not.
+        dense: what is trained whole, outside the mask: the head. An expression that is a tensor's
+            name means that tensor alone; any other is a regular expression, searched in the names.
+            All else belongs to the mask, selected in full or not.
 
     Returns:
         The mask, and the names of the dense parameters.
 
     Raises:
-        UsageError: values other than 0 and 1; names or shapes that the model lacks; a dense pattern
-            that matches nothing, or a tensor that is not trained whole. All problems at once.
+        UsageError: a dense pattern that is no regular expression; values other than 0 and 1; names
+            or shapes that the model lacks; a dense pattern that matches nothing, or a tensor that
+            is not trained whole. All problems at once.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -67,17 +68,17 @@ def from_tensors(
         raise UsageError(f"layout={layout!r} needs the model: it knows which tensors are meant.")
     if problems := problems_with(tensors):
         raise UsageError(problems)
-    patterns = [dense] if isinstance(dense, str) else list(dense)
+    heads = _meant(tensors, [dense] if isinstance(dense, str) else dense)
     values = {name: _values(t) for name, t in _arranged(tensors, model, layout).items()}
     chosen = {name: t == trains for name, t in values.items()}
     if problems := [
         *_misfits(tensors, model, layout),
         *_strange_values(values),
-        *_dense_problems(chosen, patterns),
+        *_dense_problems(chosen, heads),
     ]:
         raise UsageError(problems)
     order = tensors if model is None else [n for n, _ in model.named_parameters() if n in tensors]
-    whole = tuple(name for name in order if any(re.search(p, name) for p in patterns))
+    whole = tuple(name for name in order if any(name in names for names in heads.values()))
     kept = {name: chosen[name] for name in order if name not in whole}
     return SparseMask.from_dict(_space_of(kept), kept), whole
 
@@ -201,17 +202,26 @@ def _strange_values(values: Mapping[str, Tensor]) -> Iterator[str]:
         yield listed("A mask holds 0 and 1 (or False and True) only, and no scores.", lines)
 
 
-def _dense_problems(chosen: Mapping[str, Tensor], patterns: Iterable[str]) -> Iterator[str]:
-    for pattern in patterns:
-        matched = {name: t for name, t in chosen.items() if re.search(pattern, name)}
-        if not matched:
+def _meant(names: Iterable[str], expressions: Iterable[str]) -> dict[str, set[str]]:
+    """By expression the names that it means: the one that it is, or those in which it is found."""
+    held, expressions = set(names), list(expressions)
+    found = {expression: {expression} & held for expression in expressions}
+    for pattern in compiled([e for e in expressions if e not in held], "dense"):
+        found[pattern.pattern] = set(filter(pattern.search, held))
+    return found
+
+
+def _dense_problems(
+    chosen: Mapping[str, Tensor], heads: Mapping[str, Collection[str]]
+) -> Iterator[str]:
+    for pattern, names in heads.items():
+        if not names:
             yield f"dense pattern {pattern!r} matches no tensor. Names look like {[*chosen][:3]}."
-        for name, t in matched.items():
-            if not t.all():
-                yield (
-                    f"dense pattern {pattern!r} matches {name!r}, which is not trained whole: "
-                    f"{int(t.sum()):,} of {t.numel():,} entries are."
-                )
+        for name in (name for name in chosen if name in names and not chosen[name].all()):
+            yield (
+                f"dense pattern {pattern!r} matches {name!r}, which is not trained whole: "
+                f"{int(chosen[name].sum()):,} of {chosen[name].numel():,} entries are."
+            )
 
 
 def _space_of(tensors: Mapping[str, Tensor]) -> ParameterSpace:

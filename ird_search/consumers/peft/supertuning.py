@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftModel, SupertuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, SupertuningConfig, get_peft_model
 from peft.tuners.supertuning import SupertuningLayer
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
 from ird_search.consumers.peft.coverage import Coverage
 from ird_search.consumers.peft.layers import Layer, check_bare, exactly, make_plan
 from ird_search.errors import ArtifactError, UsageError
 from ird_search.mask import SparseMask
+
+_NAME = "ird_mask"
+"""Several adapters are called so, and numbered; a directory may hold others, as of checkpoints."""
 
 _MARGIN = 2**-10
 """Added to a count, so that PEFT's formula for it rounds down to it in floating point, too."""
@@ -91,7 +94,8 @@ def load_supertuning(
         is_trainable: whether training is to go on, in which case repeats are held.
 
     Raises:
-        ArtifactError: the directory holds no adapter.
+        ArtifactError: the directory holds no adapter, one of another method, or a damaged one. The
+            model is as it was.
         ModelError: the model holds adapters already.
 
     Example:
@@ -104,13 +108,15 @@ def load_supertuning(
     directory = Path(directory)
     files = [directory / CONFIG_NAME]
     if not files[0].is_file():
-        files = sorted(directory.glob(f"*/{CONFIG_NAME}"))
+        files = sorted(directory.glob(f"{_NAME}*/{CONFIG_NAME}"))
     if not files:
         raise ArtifactError(
             f"{directory} holds no adapter: there is no {CONFIG_NAME} in it, nor in a directory "
             "below it. Pass the directory that save_pretrained wrote to."
         )
     places = {file.parent.name if len(files) > 1 else "default": file.parent for file in files}
+    if problems := [text for place in places.values() if (text := _damage(place))]:
+        raise ArtifactError(problems)
     (first, place), *others = places.items()
     wrapped = PeftModel.from_pretrained(model, place, first, is_trainable=is_trainable)
     for name, place in others:
@@ -118,6 +124,26 @@ def load_supertuning(
     _activate(wrapped, list(places), is_trainable)
     _hold_repeats(wrapped)
     return wrapped
+
+
+def _damage(place: Path) -> str:
+    """Why a directory holds no SuperTuning adapter; empty when it does."""
+    try:
+        config = PeftConfig.from_pretrained(str(place))
+        if not isinstance(config, SupertuningConfig):
+            return (
+                f"{place} holds an adapter with a {type(config).__name__}; a SupertuningConfig is "
+                "accepted. Load others with PeftModel.from_pretrained."
+            )
+        if not any((place / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            return f"{place} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it."
+        load_peft_weights(str(place), device="cpu")
+    except Exception as error:  # damaged JSON, safetensors and pickles can end in any exception
+        return (
+            f"{place} holds a damaged adapter ({type(error).__name__}: {error}). Copy or save it "
+            "anew."
+        )
+    return ""
 
 
 def _sparsity(densest: Layer) -> float:
@@ -164,7 +190,7 @@ def _wrapped(
 ) -> PeftModel:
     """The model with one adapter a group, all of them active; the first has the modules."""
     # PEFT tells adapters apart by these names within those of tensors: no module is called so.
-    names = [f"ird_mask{i + 1}" for i in range(len(groups))] if len(groups) > 1 else ["default"]
+    names = [f"{_NAME}{i + 1}" for i in range(len(groups))] if len(groups) > 1 else ["default"]
     first, *others = (
         SupertuningConfig(
             target_modules=exactly(layer.name for layer in group),
