@@ -315,7 +315,7 @@ def import_(
     output: Written,
     dense: Annotated[
         list[str] | None,
-        typer.Option(help="name, or regular expression, of tensors that are trained whole (repeatable)"),
+        typer.Option(help="name or regular expression of what is trained whole (repeatable)"),
     ] = None,
 ) -> None:
     """Write the mask of another format as an ird-mask file."""
