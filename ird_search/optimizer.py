@@ -19,87 +19,8 @@ from torch.optim import Optimizer
 
 from ird_search.entries import Entries, trained_entries
 from ird_search.errors import UsageError, nearest
+from ird_search.flat import Flat
 from ird_search.mask import SparseMask
-
-
-class _Flat:
-    """The trained entries of tensors that share dtype and device, behind one another: [k].
-
-    Args:
-        group: which parameter group they follow.
-        entries: the tensors' entries.
-        master: float32 values that stand for half-precision weights; by default, the weights.
-
-    Attributes:
-        parameter: what the optimizer steps on, in float32 (float64 for float64 weights). Unless it
-            holds master values it is empty between two steps, when it has been `release`d.
-    """
-
-    def __init__(
-        self, group: int, entries: Iterable[Entries], master: Tensor | None = None
-    ) -> None:
-        self.group, self.entries = group, tuple(entries)
-        values = self._weights() if master is None else master.to(self._like.device)
-        self.parameter = nn.Parameter(values)
-
-    @property
-    def is_half(self) -> bool:
-        """Whether the weights are too coarse to hold a small update; they may be cast any time."""
-        return self._like.dtype != self._wide
-
-    @property
-    def _like(self) -> nn.Parameter:
-        return self.entries[0].parameter
-
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self._like.dtype, torch.float32)
-
-    @property
-    def counts(self) -> list[int]:
-        """How many entries of each tensor: [tensors]."""
-        return [e.count for e in self.entries]
-
-    @property
-    def gradient(self) -> Tensor:
-        """The gradient, between `load` and `store`: [k]."""
-        assert self.parameter.grad is not None
-        return self.parameter.grad
-
-    def load(self) -> None:
-        """Read the weights and their gradients: [k] each."""
-        self.parameter.data = self._current()
-        gradients = [e.take_gradient(e.parameter.grad) for e in self.entries]  # type: ignore[arg-type]
-        self.parameter.grad = torch.cat(gradients).to(self._wide)
-
-    def store(self) -> None:
-        """Write the weights back."""
-        parts = self.parameter.data.split(self.counts)
-        for e, values in zip(self.entries, parts, strict=True):
-            e.put(e.parameter.detach(), values)
-
-    def release(self) -> None:
-        """Drop what is not kept between two steps."""
-        self.parameter.grad = None
-        if not self.is_half:
-            self.parameter.data = self.parameter.data.new_empty(0)
-
-    def _weights(self) -> Tensor:
-        parts = [e.take(e.parameter.detach()) for e in self.entries]
-        return torch.cat(parts).to(self._wide)
-
-    def _current(self) -> Tensor:
-        """The weights to update.
-
-        A master value stands for its weight as long as it rounds to it; otherwise someone has
-        written the weight (a restored snapshot, a loaded checkpoint), and the weight counts.
-        """
-        weights, master = self._weights(), self.parameter.data
-        if not self.is_half or master.shape != weights.shape:  # cast to half only now
-            return weights
-        master = master.to(weights)
-        rounded = master.to(self._like.dtype).to(master.dtype)
-        return torch.where(rounded == weights, master, weights)
 
 
 class MaskedOptimizer(Optimizer):
@@ -211,7 +132,7 @@ class MaskedOptimizer(Optimizer):
         saved = copy.deepcopy(state_dict)
         known = {e.name: (flat.group, e) for flat in self._flats for e in flat.entries}
         self._flats = [
-            _Flat(known[names[0]][0], [known[name][1] for name in names], master)
+            Flat(known[names[0]][0], [known[name][1] for name in names], master)
             for names, master in zip(saved["entries"], saved["master"], strict=True)
         ]
         self._regroup()
@@ -254,13 +175,13 @@ class MaskedOptimizer(Optimizer):
         for ours, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update({k: v for k, v in ours.items() if k != "params"})
 
-    def _moving(self) -> list[_Flat]:
+    def _moving(self) -> list[Flat]:
         """The vectors whose tensors all have a gradient; the others are left out, as in torch.
 
         Where only some tensors of a vector have one, it falls into two for good: their state and
         their count of steps go separate ways. In ordinary training that happens once or never.
         """
-        flats: list[_Flat] = []
+        flats: list[Flat] = []
         for flat in self._flats:
             has = [e.parameter.grad is not None for e in flat.entries]
             flats += [flat] if all(has) or not any(has) else self._parted(flat, has)
@@ -268,14 +189,14 @@ class MaskedOptimizer(Optimizer):
         self._regroup()
         return [flat for flat in flats if flat.entries[0].parameter.grad is not None]
 
-    def _parted(self, flat: _Flat, has: list[bool]) -> list[_Flat]:
+    def _parted(self, flat: Flat, has: list[bool]) -> list[Flat]:
         """Two vectors, with and without a gradient, each with its share of the state."""
         state = self._inner.state.pop(flat.parameter, None)
         parts = []
         for wanted in (True, False):
             entries = [e for e, h in zip(flat.entries, has, strict=True) if h == wanted]
             cut = functools.partial(_cut, counts=flat.counts, kept=[h == wanted for h in has])
-            part = _Flat(flat.group, entries, cut(flat.parameter.data) if flat.is_half else None)
+            part = Flat(flat.group, entries, cut(flat.parameter.data) if flat.is_half else None)
             if state is not None:
                 self._inner.state[part.parameter] = {name: cut(v) for name, v in state.items()}
             parts.append(part)
@@ -392,12 +313,12 @@ def _blank(optimizer_class: Any) -> MaskedOptimizer:
     return made.__new__(made)
 
 
-def _flats(group: int, entries: tuple[Entries, ...]) -> list[_Flat]:
+def _flats(group: int, entries: tuple[Entries, ...]) -> list[Flat]:
     """One vector for each dtype and device, which is nearly always one."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Entries]] = {}
     for e in entries:
         kinds.setdefault((e.parameter.dtype, e.parameter.device), []).append(e)
-    return [_Flat(group, kind) for kind in kinds.values()]
+    return [Flat(group, kind) for kind in kinds.values()]
 
 
 def _cut(value: Any, *, counts: list[int], kept: list[bool]) -> Any:
