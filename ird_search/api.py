@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 from ird_search.borrow import borrowed
 from ird_search.config import DataConfig, SearchConfig, split_settings
 from ird_search.devices import resolve_device
+from ird_search.environment import environment
 from ird_search.errors import ModelError, UsageError
+from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
-from ird_search.problem import make_problem, open_samples
+from ird_search.problem import Problem, make_problem, open_samples
 from ird_search.progress import Progress
-from ird_search.run import Run, SearchResult, open_fisher
+from ird_search.run import Run, SearchResult, help_out, open_fisher
 from ird_search.rundir import RunDirectory
+from ird_search.workers import workers
 
 FISHER_TOKENS = {"cpu": 512, "cuda": 16384}
 """Padded tokens in one batch of the Fisher pass: more of them only take memory on a CPU."""
@@ -56,6 +60,7 @@ def search_mask(
     processor: Any = None,
     revision: str | None = None,
     progress: bool = False,
+    fresh: bool = False,
     **settings: Any,
 ) -> SearchResult:
     """Find which few parameters to train, and which samples tell: iterative range decreasing.
@@ -74,6 +79,7 @@ def search_mask(
         processor: tokenizer or image processor, where the model brings none.
         revision: revision of a hub model.
         progress: show a bar and a line a round on standard error.
+        fresh: begin anew in `output`, whatever an unfinished run has left there.
         settings: any field of `SearchConfig` or `DataConfig`.
 
     Raises:
@@ -92,7 +98,8 @@ def search_mask(
     place = RunDirectory(Path(output)) if output is not None else None
     replay = _replay(model, data, eval_data, options, config, revision)
     if place is not None:
-        place.check(replay)  # before the work of loading
+        place.check(replay, fresh=fresh)  # before the work of loading
+    show = Progress(progress)
     with _as_it_came(model):
         problem = make_problem(
             model,
@@ -104,11 +111,30 @@ def search_mask(
             revision=revision,
         )
         # Claimed only now: bad data or a bad setting must not leave a directory in use.
-        with place.claimed(replay) if place else nullcontext(), _as_it_came(problem.model):
-            result = Run(problem, config, place, Progress(progress)).result()
+        with place.claimed(replay, fresh=fresh) if place else nullcontext():
+            if place is not None:
+                for note in place.settle(problem.about, environment()):
+                    show.say(note)
+            with _as_it_came(problem.model), _shared_ledger(problem, config, place) as ledger:
+                result = Run(problem, config, ledger, place=place, show=show).result()
             if place is not None:
                 result.write(place)
     return result
+
+
+@contextmanager
+def _shared_ledger(
+    problem: Problem, config: SearchConfig, place: RunDirectory | None
+) -> Iterator[Ledger]:
+    """The ledger of a run, with the other processes that work on it."""
+    if place is None and config.workers == 1:
+        yield Ledger()
+        return
+    with TemporaryDirectory() as scratch:
+        ledger = Ledger(place.ledger if place else Path(scratch))
+        assert ledger.directory is not None
+        with workers(config.workers - 1, help_out, (problem, config), ledger.directory):
+            yield ledger
 
 
 def fisher_scores(
@@ -217,9 +243,11 @@ def _replay(
 
 
 def _name(thing: Any) -> str | None:
-    """A path or id as it was given; what has no such name is called by its type."""
-    if thing is None or isinstance(thing, (str, Path)):
-        return None if thing is None else str(thing)
+    """A path, in full, or an id as it was given; what has no such name is called by its type."""
+    if thing is None:
+        return None
+    if isinstance(thing, (str, Path)):
+        return str(Path(thing).absolute() if Path(thing).exists() else thing)
     return f"<{type(thing).__name__}>"
 
 

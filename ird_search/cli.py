@@ -1,4 +1,4 @@
-"""The command line: `ird-search run | demo | inspect | compare | merge | export | import | env`.
+"""The command line: `ird-search run | resume | status | demo | inspect | verify | …`.
 
 Only light modules are imported here at the top: `--help` must answer at once, and torch takes
 seconds. What a command needs it imports when it runs.
@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import types
@@ -37,7 +38,7 @@ app = typer.Typer(
 
 EXIT_CODES = """\b
 Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
-75 out of memory or disk (the same command goes on), 130/143 interrupted (likewise)."""
+75 out of memory or disk, 130/143 interrupted; after these the command that is printed goes on."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Base = Annotated[str | None, typer.Option("--model", help="the base model: a directory or hub id")]
@@ -57,42 +58,52 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def guarded(
-    command: Callable[..., None], goes_on: str = "", smaller: str = ""
+    command: Callable[..., None], goes_on: Callable[..., str] = lambda **_: ""
 ) -> Callable[..., None]:
     """Turn what goes wrong in a command into one message and the right exit code.
 
     Args:
-        goes_on: what to say of an interrupted command.
-        smaller: what helps where memory runs out.
+        goes_on: from the command's arguments, what to say where it stopped half-way.
     """
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(**kwargs: Any) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
-            command(*args, **kwargs)
+            command(**kwargs)
+        except ResourceError as error:
+            _end(f"ird-search: {error} {goes_on(**kwargs)}", error.exit_code)
         except IRDError as error:
             _end(f"ird-search: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _end(f"Interrupted. {goes_on}", 128 + signal.SIGINT)
+            _end(f"Interrupted. {goes_on(**kwargs)}", 128 + signal.SIGINT)
         except _Terminated:
-            _end(f"Terminated. {goes_on}", 128 + signal.SIGTERM)
+            _end(f"Terminated. {goes_on(**kwargs)}", 128 + signal.SIGTERM)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            _end(f"ird-search: out of memory. {smaller} {goes_on}", ResourceError.exit_code)
+            smaller = "Lower --batch-size, --fisher-tokens or --cache-mb." * bool(goes_on(**kwargs))
+            text = f"ird-search: out of memory. {smaller} {goes_on(**kwargs)}"
+            _end(text, ResourceError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
 
     return run
 
 
-resumable = functools.partial(
-    guarded,
-    goes_on="The same command goes on where this one stopped.",
-    smaller="Lower --batch-size, --fisher-tokens or --cache-mb.",
-)
-"""For commands whose finished work stays."""
+def _resume(output: Path, **_: Any) -> str:
+    """What takes up a run in this directory; empty where nothing is in it yet."""
+    if not (output / "config.yaml").exists():
+        return "Nothing was written yet: start it again."
+    return f"Go on with: ird-search resume {shlex.quote(str(output))}"
+
+
+def _demo_again(output: Path, seed: int, **_: Any) -> str:
+    return f"Go on with: ird-search demo --output {shlex.quote(str(output))} --seed {seed}"
+
+
+resumable = functools.partial(guarded, goes_on=_resume)
+"""For commands whose finished work stays in their `output`."""
 
 
 def _end(message: str, code: int) -> typing.NoReturn:
@@ -169,6 +180,9 @@ def run(
     config: Annotated[
         Path | None, typer.Option(help="a YAML file with these settings; options override it")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="begin anew in a directory with an unfinished run")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Search a mask for a model on a data set, and write it to a directory.
@@ -184,17 +198,69 @@ def run(
         )
     split_settings({k: v for k, v in settings.items() if k not in given})  # before torch comes
     api = import_module("ird_search.api")
-    result = api.search_mask(
-        settings.pop("model"), settings.pop("data"), output=output, progress=True, **settings
-    )
+    model, data = settings.pop("model"), settings.pop("data")
+    result = api.search_mask(model, data, output=output, progress=True, fresh=fresh, **settings)
     _show(result, output, as_json)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 @resumable
+def resume(
+    output: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="of an unfinished run")],
+    workers: Annotated[
+        int | None, typer.Option(help="processes; by default as many as before", min=1, max=256)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go on with an interrupted run where it stopped, with its own settings.
+
+    A finished run is checked: its mask, and its study, which is made again if it is damaged.
+    """
+    module = import_module("ird_search.status")
+    found = module.Status.of(output)
+    if found.state == "finished":
+        print(module.checked(output))
+        return
+    if not found.command:
+        raise UsageError(_not_by_name(found))
+    settings = {k: v for k, v in found.settings.items() if v is not None}
+    settings |= {} if workers is None else {"workers": workers}
+    api = import_module("ird_search.api")
+    model, data = settings.pop("model"), settings.pop("data")
+    _show(api.search_mask(model, data, output=output, progress=True, **settings), output, as_json)
+
+
+def _not_by_name(found: Any) -> str:
+    if found.state == "running":
+        return f"{found.directory} is being written by process {found.process}. Wait for it."
+    return (
+        f"The run in {found.directory} works on {found.settings['model']} and "
+        f"{found.settings['data']}, objects of a Python program, which no command can make again. "
+        "Call search_mask with the same arguments and output; for the demo: ird-search demo "
+        f"--output {shlex.quote(found.directory)} --seed {found.settings.get('seed')}."
+    )
+
+
+@app.command()
+@guarded
+def status(
+    output: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="of a run")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Where a run stands: finished units, rounds, failures, and how to go on."""
+    found = import_module("ird_search.status").Status.of(output)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.describe())
+
+
+@app.command()
+@functools.partial(guarded, goes_on=_demo_again)
 def demo(
     output: Output = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="every random choice derives from it")] = 0,
+    workers: Annotated[int, typer.Option(help="processes", min=1, max=256)] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="begin anew in a directory with an unfinished run")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Pretrain a small vision transformer on some digits, and search a mask for the others.
@@ -202,7 +268,7 @@ def demo(
     Needs no network; needs scikit-learn: pip install 'ird_search[demo]'.
     """
     module = import_module("ird_search.demo")
-    _show(module.run(output, seed=seed), output, as_json)
+    _show(module.run(output, seed=seed, workers=workers, fresh=fresh), output, as_json)
 
 
 @app.command(name="inspect")
@@ -216,6 +282,23 @@ def inspect_(
     """Verify a mask or delta file and tell what it holds."""
     found = import_module("ird_search.artifact").inspect_file(file)
     print(json.dumps(found.metadata, indent=1, sort_keys=True) if as_json else found.describe())
+
+
+@app.command()
+@guarded
+def verify(
+    file: Annotated[
+        Path, typer.Argument(help="a mask or delta file, or the directory that holds a mask")
+    ],
+    model: Base = None,
+    revision: Revision = None,
+) -> None:
+    """Check that a file is whole, and with --model that it is of these very weights.
+
+    Exit code 0 if so, 5 if not.
+    """
+    exchange = import_module("ird_search.exchange")
+    print(exchange.verify(file, model=model, revision=revision))
 
 
 @app.command()

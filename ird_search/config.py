@@ -21,6 +21,10 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 TaskName = Literal["auto", "classification", "regression", "causal-lm", "image-classification"]
 
 
+BESIDE_THE_RESULT = ("workers", "record_seconds")
+"""Settings that change how a search is done, but not what it finds."""
+
+
 def setting(
     default: Any,
     help: str,
@@ -98,6 +102,15 @@ class SearchConfig:
         low=1,
     )
     cache_mb: int = setting(2048, "memory for kept factors and kept Fisher entries, MB", low=0)
+    workers: int = setting(1, "processes that share the fine-tunes of a search", low=1, high=256)
+    strict: bool = setting(
+        False,
+        "one thread in each process and deterministic algorithms: the same bits with any number of "
+        "workers",
+    )
+    record_seconds: float = setting(
+        30.0, "seconds of a Fisher pass after which its sums are written down", low=0
+    )
     seed: int = setting(0, "every random choice derives from it", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: Dtype = setting("auto", "dtype of weights that are loaded (auto: float32)")

@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def run(output: Path, *, seed: int = 0) -> SearchResult:
+def run(output: Path, *, seed: int = 0, workers: int = 1, fresh: bool = False) -> SearchResult:
     """Pretrain on some digits, search on the others, write everything to `output`.
 
     Raises:
@@ -61,6 +61,8 @@ def run(output: Path, *, seed: int = 0) -> SearchResult:
         eval_data=[rows[i] for i in held],
         output=output,
         seed=seed,
+        workers=workers,
+        fresh=fresh,
         progress=True,
         **SETTINGS,
     )

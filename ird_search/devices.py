@@ -1,6 +1,11 @@
-"""`resolve_device`: where a model runs."""
+"""`resolve_device`, `computing`, `release_memory`: where a model runs, and on how many threads."""
 
 from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,3 +38,31 @@ def resolve_device(device: str) -> torch.device:
     if found.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"{device} is not supported; accepted are auto, cpu, cuda, cuda:1, mps.")
     return found
+
+
+@contextmanager
+def computing(*, processes: int = 1, strict: bool = False) -> Iterator[None]:
+    """Within the block, the CPU's cores are shared among so many processes of torch.
+
+    Args:
+        strict: one thread in each process, and deterministic algorithms only: then the last bits
+            of a sum do not depend on how many processes or cores there are.
+    """
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        if strict:
+            torch.use_deterministic_algorithms(True)
+        if strict or processes > 1:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
+            torch.set_num_threads(1 if strict else max(1, cores // processes))
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def release_memory() -> None:
+    """Give back what nobody uses any more, after memory has run out."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

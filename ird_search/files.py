@@ -1,4 +1,4 @@
-"""`write_atomically`, `written_directory`: what is written is there whole, or not at all."""
+"""What is written is there whole, or not at all: `write_atomically`, `written_directory`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ird_search.crash import crash_point
 from ird_search.errors import ResourceError, UsageError
 
 _EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE}
@@ -38,7 +39,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_and_check(temporary, data)
+        crash_point("file written")
         os.replace(temporary, path)
+        crash_point("file in place")
         _sync_directory(path.parent)
     except BaseException as error:  # an interrupt, too, must leave no temporary file behind
         with contextlib.suppress(OSError):
@@ -84,6 +87,16 @@ def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_directory(path: Path) -> None:
+    """A directory that may be there already.
+
+    Raises:
+        UsageError, ResourceError: see `write_atomically`.
+    """
+    with _explaining(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _refuse_existing(path: Path) -> None:

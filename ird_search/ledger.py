@@ -1,18 +1,39 @@
 """The ledger: finished units of work, each under the hash of what went into it.
 
-A unit that is in the ledger is not done again, so a run that was interrupted goes on where it
-stopped, and two candidates with the same mask cost one fine-tune.
+A unit is one proxy, one narrowing, one chunk of a long Fisher pass, or the warmed-up head. What is
+in the ledger is not done again: a run that was interrupted goes on where it stopped, two candidates
+with one mask cost one fine-tune, and several processes share the work of one run.
+
+    <kind>-<key>.json           the result, with its own hash and that of the tensors
+    <kind>-<key>.safetensors    the tensors of a unit that has some, written before the former
+    claims                      locked at one byte for each unit that a process is working on
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ird_search.files import write_atomically
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ird_search.crash import crash_point
+from ird_search.files import make_directory, write_atomically
+
+Kind = Literal["proxy", "narrowing", "fisher", "head"]
+
+POLL = 0.02
+"""Seconds between two looks at what other processes have finished."""
+LEASE = 60.0
+"""Seconds after which a unit that another process claims, but does not finish, is done here too."""
 
 
 def unit_key(inputs: Mapping[str, Any]) -> str:
@@ -21,54 +42,204 @@ def unit_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Ledger:
-    """Finished units in memory and, where a directory is given, on disk.
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What a unit of work gave.
 
-    A unit's file is written whole or not at all, and never changed. One that cannot be read back
-    (a torn or edited file) counts as not done.
+    Args:
+        result: plain data.
+        tensors: by name.
+    """
+
+    result: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A unit that is wanted, and how to do it.
+
+    Args:
+        do: computes the unit; the same from the same inputs, in whatever process.
+    """
+
+    kind: Kind
+    key: str
+    do: Callable[[], Unit]
+
+
+class Ledger:
+    """Finished units, in memory or in a directory.
+
+    A unit is written whole or not at all, and never changed. One that cannot be read back (a torn
+    or edited file) counts as not done.
+
+    Args:
+        directory: shared by all processes of a run; in memory where left out.
+        lease: see `LEASE`.
 
     Example:
         >>> ledger = Ledger()
         >>> key = unit_key({"mask": "ab12", "seed": 0})
-        >>> ledger.get(key) is None
+        >>> ledger.get("proxy", key) is None
         True
-        >>> ledger.put(key, {"loss": 0.5})
-        >>> ledger.get(key)
+        >>> ledger.put("proxy", key, Unit({"loss": 0.5}))
+        >>> ledger.get("proxy", key).result
         {'loss': 0.5}
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self.directory = directory
-        self._units: dict[str, dict[str, Any]] = {}
+    def __init__(self, directory: Path | None = None, *, lease: float = LEASE) -> None:
+        self.directory, self.lease = directory, lease
+        self._units: dict[str, Unit] = {}
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The result of a finished unit, or None."""
-        if key not in self._units and self.directory is not None:
-            unit = self._read(key, self.directory / f"{key}.json")
-            if unit is not None:
-                self._units[key] = unit
-        return self._units.get(key)
+    def get(self, kind: Kind, key: str) -> Unit | None:
+        """A finished unit, or None."""
+        name = f"{kind}-{key}"
+        if name in self._units or self.directory is None:
+            return self._units.get(name)
+        unit = _read(self.directory / f"{name}.json", key)
+        if unit is not None and not unit.tensors:
+            self._units[name] = unit
+        return unit
 
-    def put(self, key: str, result: Mapping[str, Any]) -> None:
-        """Record a finished unit."""
-        self._units[key] = dict(result)
+    def put(self, kind: Kind, key: str, unit: Unit) -> None:
+        """Record a finished unit. Where another process was first, its record stays.
+
+        Raises:
+            ResourceError, UsageError: it cannot be written.
+        """
+        name = f"{kind}-{key}"
+        if self.directory is None:
+            self._units[name] = Unit(dict(unit.result), unit.tensors)
+            return
+        if _read(self.directory / f"{name}.json", key) is not None:
+            return
+        said: dict[str, Any] = {"key": key, "result": dict(unit.result)}
+        if unit.tensors:
+            data = save({n: t.detach().cpu().clone() for n, t in unit.tensors.items()})
+            said["tensors"] = hashlib.sha256(data).hexdigest()
+            write_atomically(self.directory / f"{name}.safetensors", data)
+            crash_point("tensors recorded")
+        text = json.dumps({**said, "sha256": _sum(said)}, allow_nan=False)
+        write_atomically(self.directory / f"{name}.json", text.encode())
+        crash_point("unit recorded")
+
+    def drop(self, kind: Kind, key: str) -> None:
+        """Take away a unit that a later one holds as well."""
+        name = f"{kind}-{key}"
+        self._units.pop(name, None)
         if self.directory is not None:
-            text = json.dumps({"key": key, "sha256": _sum(result), "result": dict(result)})
-            write_atomically(self.directory / f"{key}.json", text.encode())
+            for suffix in ("json", "safetensors"):  # the tensors without it count as nothing
+                (self.directory / f"{name}.{suffix}").unlink(missing_ok=True)
 
-    def _read(self, key: str, path: Path) -> dict[str, Any] | None:
-        try:
-            stored = json.loads(path.read_bytes())
-            result = stored["result"]
-            return result if (stored["key"], stored["sha256"]) == (key, _sum(result)) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def clear(self, kind: Kind) -> None:
+        """Take away all units of a kind."""
+        self._units = {n: u for n, u in self._units.items() if not n.startswith(f"{kind}-")}
+        for path in self.directory.glob(f"{kind}-*") if self.directory is not None else ():
+            path.unlink(missing_ok=True)
+
+    def finished(self, kind: Kind) -> Iterator[Unit]:
+        """All units of a kind that can be read."""
+        found = [unit for name, unit in self._units.items() if name.startswith(f"{kind}-")]
+        if self.directory is not None:
+            paths = sorted(self.directory.glob(f"{kind}-*.json"))
+            read = (_read(path, path.stem.partition("-")[2]) for path in paths)
+            found = [unit for unit in read if unit is not None]
+        yield from found
+
+    @contextlib.contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Whether this process may do a unit: no other may, until the block or the process ends.
+
+        One at a time in each process.
+        """
+        if self.directory is None:
+            yield True
+            return
+        place = int(key[:15], 16)  # the lock of one byte; the file stays empty
+        with open(self.directory / "claims", "ab") as file:  # closing it gives the lock back
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError:
+                yield False
+                return
+            yield True
+
+    def finish(
+        self,
+        jobs: Sequence[Job],
+        *,
+        wait: bool = False,
+        on_done: Callable[[str, Unit], None] = lambda *_: None,
+    ) -> list[Unit]:
+        """The units of all jobs, each done by whichever process claims it first.
+
+        What another process works on is waited for. One that was stopped, not killed, keeps its
+        claim; once it has had `lease` seconds, and four times as long as the longest job here, its
+        job is done again. Both give the same unit.
+
+        Args:
+            wait: leave all the work to others.
+            on_done: told the key of each unit, once, as it is there.
+        """
+        done: dict[str, Unit] = {}
+        left = {job.key: job for job in jobs}
+        waiting_since, longest = time.monotonic(), 0.0
+        while left:
+            before = len(left)
+            stolen = not wait and time.monotonic() - waiting_since > max(self.lease, 4 * longest)
+            for job in list(left.values()):
+                began = time.monotonic()
+                unit = self.get(job.kind, job.key)
+                if unit is None and not wait:
+                    unit = self._do(job, stolen=stolen)
+                if unit is not None:
+                    longest = max(longest, time.monotonic() - began)
+                    waiting_since = time.monotonic()
+                    done[job.key] = unit
+                    del left[job.key]
+                    on_done(job.key, unit)
+            if len(left) == before:
+                time.sleep(POLL)
+        return [done[job.key] for job in jobs]
+
+    def _do(self, job: Job, *, stolen: bool) -> Unit | None:
+        """The unit, if it is there by now or this process may do it."""
+        with self.claimed(job.key) as mine:
+            unit = self.get(job.kind, job.key)  # another may have finished it just before
+            if unit is None and (mine or stolen):
+                crash_point("unit claimed")
+                self.put(job.kind, job.key, job.do())
+                unit = self.get(job.kind, job.key)
+            return unit
 
     def __len__(self) -> int:
-        return len(self._units)
+        """Finished units of all kinds."""
+        if self.directory is None:
+            return len(self._units)
+        return sum(1 for _ in self.directory.glob("*.json"))
 
 
-def _sum(result: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+def _read(path: Path, key: str) -> Unit | None:
+    """A unit from its files; None where they are not there, torn, edited, or of another key."""
+    try:
+        stored = json.loads(path.read_bytes())
+        claimed = stored.pop("sha256")
+        if (stored["key"], _sum(stored)) != (key, claimed):
+            return None
+        if "tensors" not in stored:
+            return Unit(stored["result"])
+        data = path.with_suffix(".safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != stored["tensors"]:
+            return None
+        return Unit(stored["result"], load(data))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except (RecursionError, SafetensorError):
+        return None
+
+
+def _sum(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

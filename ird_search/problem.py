@@ -73,6 +73,19 @@ class Problem:
         parts += [s.fingerprint for s in sets]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def about(self) -> dict[str, str]:
+        """The parts of the fingerprint in words, to tell which of them differs."""
+        sets = {"training": self.train, "choosing": self.choose, "verdict": self.verdict}
+        return {
+            "weights": f"sha256 {self.source['weights_sha256'][:16]}",
+            "candidates": f"{self.space.numel:,} parameters, sha256 {self.space.fingerprint[:16]}",
+            "head": ", ".join(self.head),
+        } | {
+            f"{name} samples": f"{len(s):,}, sha256 {s.fingerprint[:16]}"
+            for name, s in sets.items()
+        }
+
 
 def open_samples(
     model: nn.Module | str | Path,

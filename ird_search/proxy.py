@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ird_search.config import SearchConfig
 from ird_search.errors import IRDError, ModelError, NoProxySucceeded, out_of_memory
 from ird_search.freeze import trainable_only
-from ird_search.ledger import Ledger, unit_key
+from ird_search.ledger import Job, Ledger, Unit, unit_key
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
@@ -78,6 +79,21 @@ class Candidate:
         if self.kind == "head":
             return 3e-3
         return min(3e-3, 3e-4 / max(self.density, 1e-12) ** 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One fine-tune that is wanted.
+
+    Args:
+        seed: which order of batches; 0 is the one that candidates are compared on.
+        verdict: evaluate on the samples that no choice has seen.
+    """
+
+    candidate: Candidate
+    rate: float
+    seed: int = 0
+    verdict: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,11 +198,12 @@ class Proxies:
         config: SearchConfig,
         ledger: Ledger,
         *,
-        on_trial: Callable[[Candidate, Trial, str], None] = lambda *_: None,
+        on_trial: Callable[[Unit], None] = lambda _: None,
     ) -> None:
         self.problem, self.config, self.ledger = problem, config, ledger
         self.on_trial = on_trial
-        self._start = "cold"
+        self.start = "cold"
+        """Names the weights that every fine-tune starts from."""
         self._told: set[str] = set()
 
     def warm_up(self) -> ProxyScore:
@@ -198,12 +215,26 @@ class Proxies:
         Raises:
             NoProxySucceeded: the head could be trained at no rate.
         """
-        cold = self.score(self.head_only())
-        if self.config.warmup_steps and self.problem.head:
-            require_success({f"head only, rate {t.rate:g}": _best([t]) for t in cold.trials})
-            seed = derive(self.config.seed, "warm-up")
-            self._train(self.head_only(), cold.best.rate, seed, self.config.warmup_steps)
-        self._start = f"warm {self.config.warmup_steps} {cold.best.rate!r}"
+        cold, c = self.score(self.head_only()), self.config
+        self.start = "as it came"
+        if not c.warmup_steps or not self.problem.head:
+            return cold
+        require_success({f"head only, rate {t.rate:g}": _best([t]) for t in cold.trials})
+        settings = [c.warmup_steps, c.batch_size, c.weight_decay, c.seed, cold.best.rate]
+        key = unit_key({"head after": settings, "problem": self.problem.fingerprint})
+        before = snapshot(self.problem.model, self.head_only().mask, self.problem.head)
+
+        def trained() -> Unit:
+            seed = derive(c.seed, "warm-up")
+            try:
+                self._train(self.head_only(), cold.best.rate, seed, c.warmup_steps)
+                return Unit({}, before.now().tensors())
+            finally:
+                before.restore()
+
+        (unit,) = self.ledger.finish([Job("head", key, trained)])
+        before.holding(unit.tensors).restore()
+        self.start = key
         return cold
 
     def head_only(self) -> Candidate:
@@ -239,83 +270,101 @@ class Proxies:
         )
 
     def score(self, candidate: Candidate) -> ProxyScore:
-        """The candidate's best trial over learning rates a factor of 3 apart.
+        """The candidate's best trial over learning rates a factor of 3 apart."""
+        return self.scores([candidate])[0]
+
+    def scores(self, candidates: Sequence[Candidate]) -> list[ProxyScore]:
+        """Each candidate's best trial over learning rates a factor of 3 apart.
 
         Three rates around its own start; while the best is at an end, one more beyond it.
         """
-        fixed = self.config.learning_rate
+        probes = [_Probe(c, self._fixed_rate(c)) for c in candidates]
+        while wanted := [(probe, rate) for probe in probes for rate in probe.wanted()]:
+            found = self.trials([Attempt(probe.candidate, rate) for probe, rate in wanted])
+            for (probe, rate), trial in zip(wanted, found, strict=True):
+                probe.trials[rate] = trial
+        return [_best([p.trials[rate] for rate in sorted(p.trials)]) for p in probes]
+
+    def _fixed_rate(self, candidate: Candidate) -> float | None:
         if candidate.kind == "head" and not self.problem.head:
-            fixed = candidate.start_rate()  # nothing is trained, so no rate matters
-        if fixed:
-            return _best([self.trial(candidate, fixed)])
-        start = candidate.start_rate()
-        trials = {i: self.trial(candidate, _rate(start, i)) for i in (-1, 0, 1)}
-        for _ in range(3):
-            best = min(trials, key=lambda i: (_score(trials[i]), i))
-            if min(trials) < best < max(trials):
-                break
-            beyond = best - 1 if best == min(trials) else best + 1
-            trials[beyond] = self.trial(candidate, _rate(start, beyond))
-        return _best([trials[i] for i in sorted(trials)])
+            return candidate.start_rate()  # nothing is trained, so no rate matters
+        return self.config.learning_rate
 
     def trial(
         self, candidate: Candidate, rate: float, *, seed: int = 0, verdict: bool = False
     ) -> Trial:
-        """One fine-tune at one rate, from the ledger where it is done already.
+        """One fine-tune at one rate; see `Attempt`."""
+        return self.trials([Attempt(candidate, rate, seed, verdict)])[0]
 
-        Args:
-            seed: which order of batches; 0 is the one that candidates are compared on.
-            verdict: evaluate on the samples that no choice has seen.
+    def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
+        """What became of each; those that the ledger holds, or another process does, are not done.
+
+        Attempts of like content (two candidates with one mask) are one unit.
         """
-        key = unit_key(self._unit(candidate, rate, seed, verdict))
-        known = self.ledger.get(key)
-        if known is None:
-            known = asdict(self._run(candidate, rate, seed, verdict))
-            self.ledger.put(key, known)
-        trial = Trial(**known)
-        if key not in self._told:
-            self._told.add(key)
-            stage = "verdict" if verdict else "warm-up" if self._start == "cold" else "choose"
-            self.on_trial(candidate, trial, stage)
-        return trial
+        keys = [unit_key(self._unit(a)) for a in attempts]
+        jobs: dict[str, Attempt] = {}
+        for key, attempt in zip(keys, attempts, strict=True):
+            jobs.setdefault(key, attempt)
 
-    def _unit(self, candidate: Candidate, rate: float, seed: int, verdict: bool) -> dict[str, Any]:
-        """Everything that the outcome of a trial depends on."""
-        c = self.config
-        settings = (c.proxy_steps, c.batch_size, c.weight_decay, c.score, c.seed)
+        def tell(key: str, unit: Unit) -> None:
+            if key not in self._told:
+                self._told.add(key)
+                self.on_trial(unit)
+
+        found = self.ledger.finish(
+            [Job("proxy", key, partial(self._done, attempt)) for key, attempt in jobs.items()],
+            on_done=tell,
+        )
+        units = dict(zip(jobs, found, strict=True))
+        return [_trial_of(units[key]) for key in keys]
+
+    def _done(self, attempt: Attempt) -> Unit:
+        """What became of it, and what was wanted, to be told to the study."""
+        candidate, stage = attempt.candidate, "warm-up" if self.start == "cold" else "choose"
+        told = {
+            "kind": candidate.kind,
+            "samples": candidate.samples,
+            "parameters": candidate.mask.count,
+            "stage": "verdict" if attempt.verdict else stage,
+        }
+        return Unit({"trial": asdict(self._run(attempt)), "told": told})
+
+    def _unit(self, attempt: Attempt) -> dict[str, Any]:
+        """Everything that the outcome of an attempt depends on."""
+        c, candidate = self.config, attempt.candidate
         return {
             "problem": self.problem.fingerprint,
-            "start": self._start,
+            "start": self.start,
             "head_rate": c.head_learning_rate,
-            "settings": settings,
+            "settings": (c.proxy_steps, c.batch_size, c.weight_decay, c.score, c.seed),
             "kind": candidate.kind if candidate.kind in ("full", "head") else "mask",
             "mask": candidate.mask.digest,
-            "rate": rate,
-            "seed": seed,
-            "verdict": verdict,
+            "rate": attempt.rate,
+            "seed": attempt.seed,
+            "verdict": attempt.verdict,
         }
 
-    def _run(self, candidate: Candidate, rate: float, seed: int, verdict: bool) -> Trial:
+    def _run(self, attempt: Attempt) -> Trial:
         began = time.perf_counter()
-        names, p = self._dense(candidate), self.problem
-        saved = snapshot(p.model, candidate.mask, names)
+        candidate, p = attempt.candidate, self.problem
+        saved = snapshot(p.model, candidate.mask, self._dense(candidate))
         try:
-            order = derive(self.config.seed, "batches", seed)
-            self._train(candidate, rate, order, self.config.proxy_steps)
-            samples = p.verdict if verdict else p.choose
+            order = derive(self.config.seed, "batches", attempt.seed)
+            self._train(candidate, attempt.rate, order, self.config.proxy_steps)
+            samples = p.verdict if attempt.verdict else p.choose
             found = evaluate(p.model, p.task, samples, device=p.device)
-            return self._trial(rate, seed, found, time.perf_counter() - began)
+            return self._trial(attempt, found, time.perf_counter() - began)
         except (IRDError, RuntimeError) as problem:
             if out_of_memory(problem):
                 raise
             seconds = time.perf_counter() - began
             reason = (str(problem) or type(problem).__name__).splitlines()[0]
-            return Trial(rate, seed, 0.0, 0.0, {}, seconds, reason)
+            return Trial(attempt.rate, attempt.seed, 0.0, 0.0, {}, seconds, reason)
         finally:
             saved.restore()
 
-    def _trial(self, rate: float, seed: int, found: Evaluation, seconds: float) -> Trial:
-        loss = float(found.losses.mean())
+    def _trial(self, attempt: Attempt, found: Evaluation, seconds: float) -> Trial:
+        loss, rate, seed = float(found.losses.mean()), attempt.rate, attempt.seed
         if not np.isfinite(loss):
             return Trial(rate, seed, 0.0, 0.0, {}, seconds, "the held-out loss is not finite")
         score = 1 - found.metrics["auc"] if self.config.score == "auc" else loss
@@ -353,6 +402,31 @@ class Proxies:
             there = (p.train.batch(rows, p.device) for rows in batches)
             with sparse_backward(p.model, candidate.mask, dense):
                 finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
+
+
+class _Probe:
+    """The search for one candidate's learning rate, a few trials at a time."""
+
+    def __init__(self, candidate: Candidate, fixed: float | None) -> None:
+        self.candidate, self.fixed = candidate, fixed
+        self.trials: dict[float, Trial] = {}
+
+    def wanted(self) -> list[float]:
+        """The rates to try next; none where the best is found."""
+        if self.fixed is not None:
+            return [] if self.trials else [self.fixed]
+        start = self.candidate.start_rate()
+        if not self.trials:
+            return [_rate(start, i) for i in (-1, 0, 1)]
+        tried = sorted(self.trials)
+        best = min(tried, key=lambda rate: (_score(self.trials[rate]), rate))
+        if len(tried) == 6 or tried[0] < best < tried[-1]:
+            return []
+        return [_rate(best, -1 if best == tried[0] else 1)]
+
+
+def _trial_of(unit: Unit) -> Trial:
+    return Trial(**unit.result["trial"])
 
 
 def training_batches(samples: SampleSet, steps: int, *, size: int, seed: int) -> list[Tensor]:

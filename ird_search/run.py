@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,27 @@ from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
-from ird_search.config import SearchConfig
-from ird_search.errors import UsageError
-from ird_search.fisher import Elsewhere, Engine, FisherMatrix, make_engine
-from ird_search.ledger import Ledger
+from ird_search.config import BESIDE_THE_RESULT, SearchConfig
+from ird_search.coordinates import digest
+from ird_search.crash import crash_point
+from ird_search.devices import computing, release_memory
+from ird_search.errors import UsageError, out_of_memory
+from ird_search.fisher import (
+    Elsewhere,
+    Engine,
+    FisherMatrix,
+    Loop,
+    Memory,
+    PassRecord,
+    make_engine,
+)
+from ird_search.ledger import Ledger, Unit
 from ird_search.mask import SparseMask
+from ird_search.narrowing import Narrowings
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
 from ird_search.progress import Progress
-from ird_search.proxy import Candidate, Proxies, Trial
+from ird_search.proxy import Proxies
 from ird_search.rundir import MASK, REPORT, ROUNDS, RunDirectory
 from ird_search.samples import SampleSet
 from ird_search.scoring import ScoringPoint, scoring_steps
@@ -33,7 +47,7 @@ from ird_search.selection import random_subset
 from ird_search.study import Study
 from ird_search.task import Task
 from ird_search.training import snapshot
-from ird_search.verdict import Verdict, give_verdict
+from ird_search.verdict import Verdict, fish_samples, give_verdict
 
 CHECKED = 8
 """Samples handed to the self-check, which compares the first two with finite gradients."""
@@ -78,7 +92,9 @@ class SearchResult:
         place.write_rounds([report.round_record(r) for r in self.rounds])
         text = report.markdown(self.verdict, self.rounds, self.winner, self.provenance)
         place.write(REPORT, text)
+        crash_point("report written")
         save_mask(place.mask, self.mask, samples=self.samples, provenance=self.provenance)
+        crash_point("mask in place")
         return place.mask
 
     def table(self) -> str:
@@ -94,44 +110,45 @@ class SearchResult:
 
 
 class Run:
-    """One search, from a problem to a result."""
+    """One search, from a problem to a result.
+
+    Args:
+        ledger: of the run, shared by all its processes.
+        place: where the rest is written down.
+        helping: this process does fine-tunes for another one, which does all else.
+    """
 
     def __init__(
-        self, problem: Problem, config: SearchConfig, place: RunDirectory | None, show: Progress
+        self,
+        problem: Problem,
+        config: SearchConfig,
+        ledger: Ledger,
+        *,
+        place: RunDirectory | None = None,
+        show: Progress | None = None,
+        helping: bool = False,
     ) -> None:
-        self.problem, self.config, self.place, self.show = problem, config, place, show
+        self.problem, self.config, self.ledger = problem, config, ledger
+        self.place, self.show, self.helping = place, show or Progress(), helping
         self.budgets = Budgets.of(problem.space, config.groups)
-        self.study = Study(place.study if place else None)
-        self.proxies = Proxies(
-            problem, config, Ledger(place.ledger if place else None), on_trial=self._told
-        )
+        self.study = None if helping else Study(place.study if place else None)
+        self.proxies = Proxies(problem, config, ledger, on_trial=self._told)
+        pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
+        self.pool = problem.train.select(pool)
 
     def result(self) -> SearchResult:
-        problem, config = self.problem, self.config
-        with borrowed(problem.model), _restored(problem):
-            problem.model.eval()
+        """Search, give the verdict, and say where everything came from."""
+        config, problem = self.config, self.problem
+        with self._at_work():
             self._introduce()
-            self.proxies.warm_up()
-            pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
-            samples = problem.train.select(pool)
-            fisher = open_fisher(
-                problem.model,
-                problem.task,
-                problem.space,
-                samples,
-                config,
-                problem.device,
-                point=self._scoring_point(),
-            )
-            state = self._search(fisher, len(samples))
-            winner = state.best
-            assert winner is not None  # the target is always reached: each round shrinks a range
-            verdict = self._verdict(winner, fisher)
-            scores = fisher.row_scores(winner.pair.rows, winner.mask.coords)
+            narrowings, state, verdict = self._searched()
+            winner = _winner(state)
+            scores = narrowings.row_scores(winner.pair.rows, winner.mask)
             finite = scores.float().isfinite()  # samples that were left out told nothing
-            chosen = ChosenRows(samples.ids[winner.pair.rows][finite], scores[finite].float())
+            ids = self.pool.ids[winner.pair.rows][finite]
+            chosen = ChosenRows(ids, scores[finite].float())
+        self.ledger.clear("fisher")
         self.show.stop()
-        provenance = self._provenance(winner, verdict, fisher)
         return SearchResult(
             mask=winner.mask,
             samples=chosen,
@@ -140,8 +157,29 @@ class Run:
             rounds=state.rounds,
             winner=winner,
             config=config,
-            provenance=provenance,
+            provenance=self._provenance(winner, verdict, narrowings, problem),
         )
+
+    def help(self) -> None:
+        """Take part in the fine-tunes of a run, until there are no more."""
+        with self._at_work():
+            self._searched()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The model is used, on this process' share of the machine, and put back."""
+        c, model = self.config, self.problem.model
+        threads = computing(processes=c.workers, strict=c.strict)
+        with threads, borrowed(model), _restored(self.problem):
+            model.eval()
+            yield
+
+    def _searched(self) -> tuple[Narrowings, SearchState, Verdict]:
+        """All units of a run, in the one order that every process of it goes through."""
+        self.proxies.warm_up()
+        narrowings = self._narrowings()
+        state = self._search(narrowings)
+        return narrowings, state, self._verdict(_winner(state), narrowings)
 
     def _introduce(self) -> None:
         p, c = self.problem, self.config
@@ -155,28 +193,48 @@ class Run:
             f"(pool {c.pool}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
         )
 
-    def _scoring_point(self) -> ScoringPoint | None:
-        """Where F is computed, if that is not where the proxies start."""
-        model = self.problem.model
-        steps = scoring_steps(self.config.scoring_steps, model, self.problem.space)
-        if not steps:
-            return None
-        self.show.say(f"Fisher scores are taken after {steps} steps of training everything.")
-        return ScoringPoint(snapshot(model), self.proxies.advanced(steps))
+    def _narrowings(self) -> Narrowings:
+        """What is asked of F, with all that its answers depend on."""
+        p, c = self.problem, self.config
+        steps = scoring_steps(c.scoring_steps, p.model, p.space)
+        about = {
+            "problem": p.fingerprint,
+            "start": self.proxies.start,
+            "scoring": [steps, c.batch_size, c.weight_decay, c.seed] if steps else [],
+            "pool": digest(self.pool.ids),
+            "fisher": [c.method, c.fisher_tokens, c.cache_mb],
+        }
 
-    def _search(self, fisher: FisherMatrix, pool: int) -> SearchState:
+        def opened() -> FisherMatrix:
+            record = PassRecord(self.ledger, about, every=c.record_seconds)
+            point = self._scoring_point(steps) if steps else None
+            fisher = open_fisher(
+                p.model, p.task, p.space, self.pool, c, p.device, point=point, record=record
+            )
+            self.show.say(f"Fisher by {fisher.engine.path}")
+            return fisher
+
+        return Narrowings(opened, p.space, self.ledger, about, wait=self.helping)
+
+    def _scoring_point(self, steps: int) -> ScoringPoint:
+        """Where F is computed, which is not where the proxies start."""
+        self.show.say(f"Fisher scores are taken after {steps} steps of training everything.")
+        return ScoringPoint(snapshot(self.problem.model), self.proxies.advanced(steps))
+
+    def _search(self, narrowings: Narrowings) -> SearchState:
         c, space = self.config, self.problem.space
         ranges = Ranges.geometric(
-            pool,
+            len(self.pool),
             space.numel,
             min_samples=c.min_samples,
             budget=c.budget(space.numel),
             rounds=c.rounds,
         )
-        most = (len(ranges.rows) + len(ranges.columns) - 2) * len(MOVES[c.strategy]) * 3
+        moves = MOVES[c.strategy]
+        most = (len(ranges.rows) + len(ranges.columns) - 2) * len(moves) * 3
         self.show.say(
             f"{c.strategy}: samples {' → '.join(map(str, ranges.rows))}, parameters "
-            f"{' → '.join(f'{n:,}' for n in ranges.columns)}; Fisher by {fisher.engine.path}"
+            f"{' → '.join(f'{n:,}' for n in ranges.columns)}"
         )
         self.show.start("search", most)
         rounds: list[dict[str, Any]] = []
@@ -186,29 +244,27 @@ class Run:
             rounds.append(report.round_record(done))
             if self.place is not None:
                 self.place.write_rounds(rounds)
+                crash_point("round told")
 
         return search(
-            fisher,
-            self.proxies.score,
+            partial(narrowings.nominate, ranges=ranges, moves=moves, budgets=self.budgets),
+            self.proxies.scores,
             ranges,
-            strategy=c.strategy,
             patience=c.patience,
-            budgets=self.budgets,
             on_round=on_round,
         )
 
-    def _verdict(self, winner: Scored, fisher: FisherMatrix) -> Verdict:
-        self.show.start("verdict", 4 * 3 + 5 * self.config.seeds)
-        return give_verdict(
-            winner,
-            fisher,
-            self.proxies,
-            seeds=self.config.seeds,
-            seed=self.config.seed,
-            budgets=self.budgets,
-        )
+    def _verdict(self, winner: Scored, narrowings: Narrowings) -> Verdict:
+        c, train = self.config, self.problem.train
+        self.show.start("verdict", 4 * 3 + 5 * c.seeds)
 
-    def _notes(self, winner: Scored, fisher: FisherMatrix) -> list[str]:
+        def fish(s: int) -> SparseMask:
+            samples = fish_samples(winner, train, seed=c.seed, s=s)
+            return narrowings.fish(samples, winner.mask.count, self.budgets)
+
+        return give_verdict(winner, fish, self.proxies, seeds=c.seeds, seed=c.seed)
+
+    def _notes(self, winner: Scored, memory: Memory) -> list[str]:
         """What a reader of the table must know besides."""
         budget = self.config.budget(self.problem.space.numel)
         notes = []
@@ -217,50 +273,51 @@ class Run:
                 f"Only {winner.mask.count:,} of the {budget:,} parameters asked for are selected: "
                 "no other has a score above zero."
             )
-        if fisher.silent:
-            rest = "" if len(fisher.silent) < 2 else f" and {len(fisher.silent) - 1} more"
+        if silent := memory.silent:
+            rest = "" if len(silent) < 2 else f" and {len(silent) - 1} more"
             notes.append(
-                f"No gradient reaches {fisher.silent[0]}{rest}: all scores of these tensors are "
-                "exactly zero, so nothing in them is selected. Where an adapter starts at zero, "
-                "raise scoring_steps."
+                f"No gradient reaches {silent[0]}{rest}: all scores of these tensors are exactly "
+                "zero, so nothing in them is selected. Where an adapter starts at zero, raise "
+                "scoring_steps."
             )
-        if fisher.excluded:
+        if memory.excluded:
             notes.append(
-                f"{len(fisher.excluded)} of {len(fisher.samples)} pool samples were left out: "
+                f"{len(memory.excluded)} of {len(self.pool)} pool samples were left out: "
                 "their log-likelihood or gradient is not finite."
             )
         return notes
 
-    def _told(self, candidate: Candidate, trial: Trial, stage: str) -> None:
+    def _told(self, done: Unit) -> None:
         """Each fine-tune, as it ends or is found in the ledger."""
+        if self.study is None:
+            return
         self.show.step()
-        self.study.record(
-            trial,
-            kind=candidate.kind,
-            samples=candidate.samples,
-            parameters=candidate.mask.count,
-            stage=stage,
-        )
+        self.study.record(done)
+        crash_point("trial told")
 
-    def _provenance(self, winner: Scored, verdict: Verdict, fisher: FisherMatrix) -> dict[str, Any]:
+    def _provenance(
+        self, winner: Scored, verdict: Verdict, narrowings: Narrowings, problem: Problem
+    ) -> dict[str, Any]:
         gain, width = verdict.against("random")
         finite = width < float("inf") and gain == gain
-        ids = fisher.samples.ids
+        memory = narrowings.memory
         return {
-            **self.problem.source,
+            **problem.source,
             "learning_rate": winner.proxy.best.rate,
-            "head": list(self.problem.head),
+            "head": list(problem.head),
             "verdict": report.verdict_record(verdict),
             "against_random": {"gain": gain, "half_width": width} if finite else None,
             "sentence": verdict.sentence("random"),
             "fisher": {
-                "path": fisher.engine.path,
+                "path": narrowings.path,
                 "groups": self.budgets.counts(winner.mask.coords),
-                "silent_tensors": list(fisher.silent),
-                "excluded_samples": ids[sorted(fisher.excluded)].tolist(),
+                "silent_tensors": list(memory.silent or ()),
+                "excluded_samples": self.pool.ids[list(memory.excluded)].tolist(),
             },
-            "notes": self._notes(winner, fisher),
-            "search": self.config.to_dict(),
+            "notes": self._notes(winner, memory),
+            "search": {
+                k: v for k, v in self.config.to_dict().items() if k not in BESIDE_THE_RESULT
+            },
         }
 
 
@@ -273,17 +330,20 @@ def open_fisher(
     device: torch.device,
     *,
     point: ScoringPoint | None = None,
+    record: PassRecord | None = None,
 ) -> FisherMatrix:
     """The matrix of a model on a sample set, by the fastest path that passes the self-check.
 
     Args:
         point: the weights to take gradients at, if not the model's own.
+        record: where long passes write down their sums.
     """
-    example = samples.batch(torch.arange(min(CHECKED, len(samples))), device)
+    engine: Engine
+    loop: Engine = Loop(model, task, space.names)
     with point.visited() if point else nullcontext():
-        engine: Engine = make_engine(model, task, space, example=example, method=config.method)
+        engine = _engine(model, task, space, samples, config, device) or loop
     if point:
-        engine = Elsewhere(engine, point.visited)
+        engine, loop = Elsewhere(engine, point.visited), Elsewhere(loop, point.visited)
     return FisherMatrix(
         engine,
         samples,
@@ -291,7 +351,44 @@ def open_fisher(
         tokens=config.fisher_tokens or 512,
         cache_bytes=config.cache_mb * 2**20,
         device=device,
+        fallback=loop,
+        record=record,
     )
+
+
+def _engine(
+    model: nn.Module,
+    task: Task,
+    space: ParameterSpace,
+    samples: SampleSet,
+    config: SearchConfig,
+    device: torch.device,
+) -> Engine | None:
+    """The path that passes the self-check; None where memory does not suffice for one sample."""
+    for count in (CHECKED, 2, 1):
+        example = samples.batch(torch.arange(min(count, len(samples))), device)
+        try:
+            return make_engine(model, task, space, example=example, method=config.method)
+        except (MemoryError, RuntimeError) as problem:
+            if not out_of_memory(problem):
+                raise
+        release_memory()
+    return None
+
+
+def help_out(data: bytes, directory: Path) -> None:
+    """What a worker process does.
+
+    Args:
+        data: problem and settings, pickled by the process that started it.
+    """
+    problem, config = pickle.loads(data)
+    Run(problem, config, Ledger(directory), helping=True).help()
+
+
+def _winner(state: SearchState) -> Scored:
+    assert state.best is not None  # the target is always reached: each round shrinks a range
+    return state.best
 
 
 @contextmanager

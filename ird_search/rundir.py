@@ -1,6 +1,7 @@
 """`RunDirectory`: the files of one run, and who may write them.
 
 config.yaml       the resolved settings; running them again gives the same mask
+run.json          what the run works on: it goes on with the same model and data only
 ledger/           finished units: a run that was interrupted goes on from them
 study.db          the Optuna record of every proxy
 rounds.jsonl      one line a round
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ from typing import Any
 
 import yaml
 
+from ird_search.config import BESIDE_THE_RESULT
+from ird_search.crash import crash_point
 from ird_search.errors import DataError, ModelError, UsageError
 from ird_search.files import write_atomically
 
-CONFIG, ROUNDS, REPORT, MASK = "config.yaml", "rounds.jsonl", "report.md", "mask.safetensors"
+CONFIG, ABOUT, STUDY = "config.yaml", "run.json", "study.db"
+ROUNDS, REPORT, MASK = "rounds.jsonl", "report.md", "mask.safetensors"
 LOCK = ".lock"
 
 
@@ -36,29 +41,40 @@ class RunDirectory:
     path: Path
 
     @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def rounds(self) -> Path:
+        return self.path / ROUNDS
+
+    @property
     def ledger(self) -> Path:
         return self.path / "ledger"
 
     @property
     def study(self) -> Path:
-        return self.path / "study.db"
+        return self.path / STUDY
 
     @property
     def mask(self) -> Path:
         return self.path / MASK
 
     @contextlib.contextmanager
-    def claimed(self, settings: Mapping[str, Any]) -> Iterator[None]:
+    def claimed(self, settings: Mapping[str, Any], *, fresh: bool = False) -> Iterator[None]:
         """Hold the directory for a run with these settings.
 
         A directory that the same settings left unfinished is taken up again. One that bad input
         ended is left as it was found, so that a corrected run is not refused.
 
+        Args:
+            fresh: begin anew; what an unfinished run left is taken away.
+
         Raises:
             UsageError: it holds a finished run, a run with other settings, other files, or another
                 process is writing it.
         """
-        self.check(settings)
+        self.check(settings, fresh=fresh)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -68,14 +84,19 @@ class RunDirectory:
             ) from error
         try:
             self._lock(lock)
-            self.check(settings)  # again: whoever held the lock may have written since
-            fresh = not (self.path / CONFIG).exists()
+            self.check(settings, fresh=fresh)  # again: whoever held the lock may have written
+            if fresh:
+                self._clear()
+            new = not (self.path / CONFIG).exists()
+            self._sweep()
             self.write(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+            crash_point("directory claimed")
             try:
                 yield
             except (DataError, ModelError, UsageError):
-                if fresh:
+                if new:
                     self._clear()
+                    self._leave()
                 raise
         finally:
             os.close(lock)
@@ -88,8 +109,41 @@ class RunDirectory:
         """One JSON document a line, one line a round."""
         self.write(ROUNDS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rounds))
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def settle(self, about: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
+        """Note what the run works on; where that is noted already, it must be the same.
+
+        Args:
+            about: what a difference would be told of: the weights, the samples.
+            versions: of the libraries; they may differ.
+
+        Returns:
+            What a person should know: other versions than the run began with.
+
+        Raises:
+            UsageError: model or data changed since the run was interrupted.
+        """
+        now = {"about": dict(about), "versions": dict(versions)}
+        before = _read_json(self.path / ABOUT)
+        if before is None:
+            self.write(ABOUT, json.dumps(now, indent=1, ensure_ascii=False))
+            return []
+        changed = _differences(before.get("about", {}), about)
+        if changed:
+            raise UsageError(
+                f"What the unfinished run in {self.path} works on has changed: {changed}. Put it "
+                "back and go on; or begin anew with fresh=True (--fresh), which drops what is "
+                "finished; or choose another directory."
+            )
+        others = _differences(before.get("versions", {}), versions)
+        return [f"The run began with other versions: {others}. Last digits may differ."] * bool(
+            others
+        )
+
+    def check(self, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
         """Whether a run with these settings may use the directory. Writes nothing.
+
+        Args:
+            fresh: what an unfinished run left does not matter.
 
         Raises:
             UsageError: it may not; see `claimed`.
@@ -110,28 +164,53 @@ class RunDirectory:
                 f"The output directory {self.path} is in use: it holds {_listed(names)}. "
                 "Choose an empty or a new one."
             )
-        if CONFIG in names:
+        if CONFIG in names and not fresh:
             self._check_same(settings)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
-        before = read_config(self.path / CONFIG)
-        now = json.loads(json.dumps(dict(settings)))
-        changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-        if changed:
+        before, now = read_config(self.path / CONFIG), json.loads(json.dumps(dict(settings)))
+        for name in BESIDE_THE_RESULT:
+            before.pop(name, None), now.pop(name, None)
+        if changed := _differences(before, now):
             raise UsageError(
                 f"The output directory {self.path} holds an unfinished run with other settings: "
-                + ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
-                + ". Choose another directory, or run it again with its own config.yaml."
+                f"{changed}. Choose another directory; or go on with its own settings "
+                f"(ird-search resume {shlex.quote(str(self.path))}); or begin anew with fresh=True "
+                "(--fresh), which drops what is finished."
             )
 
     def _clear(self) -> None:
-        """Take away what a run has written, and the directory if nothing else is in it."""
+        """Take away what a run has written, the settings last: they say whose the rest is."""
         shutil.rmtree(self.ledger, ignore_errors=True)
-        for path in (self.path / CONFIG, self.path / ROUNDS, self.path / REPORT, self.study):
-            path.unlink(missing_ok=True)
+        for name in (ABOUT, ROUNDS, REPORT, STUDY, CONFIG):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _leave(self) -> None:
+        """Take away the lock, and the directory if nothing else is in it."""
         (self.path / LOCK).unlink()
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+    def _sweep(self) -> None:
+        """Take away what writes that were killed have left."""
+        for place in (self.path, self.ledger):
+            for path in place.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def process(self) -> int | None:
+        """The process that writes the directory now, if one does."""
+        try:
+            lock = os.open(self.path / LOCK, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            found = os.read(lock, 32).decode(errors="replace").strip()
+            return int(found) if found.isdigit() else 0
+        finally:
+            os.close(lock)
+        return None
 
     def _lock(self, lock: int) -> None:
         try:
@@ -161,6 +240,20 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UsageError(f"The config {path} must hold `name: value` lines.")
     return settings
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none to be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
 
 
 def _listed(names: set[str]) -> str:

@@ -170,14 +170,22 @@ class SampleSet:
         Rows are sorted by length, ties in the order given; a sample longer than `tokens` comes
         alone.
         """
+        for part in self.length_split(rows, tokens=tokens):
+            yield self.batch(part, device)
+
+    def length_split(
+        self, rows: Iterable[int] | Tensor | None = None, *, tokens: int
+    ) -> list[Tensor]:
+        """The rows of each of the `length_batches`."""
         index = torch.arange(len(self)) if rows is None else _index(rows)
         index = index[self.lengths[index].argsort(stable=True)]
         lengths = self.lengths[index].tolist()
-        start = 0
+        parts, start = [], 0
         for stop in range(1, len(index) + 1):
             if stop == len(index) or (stop + 1 - start) * lengths[stop] > tokens:
-                yield self.batch(index[start:stop], device)
+                parts.append(index[start:stop])
                 start = stop
+        return parts
 
     def __repr__(self) -> str:
         if not len(self):

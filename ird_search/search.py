@@ -23,7 +23,7 @@ the better ones to train. So a range of ranks may lose its top as well as its bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,8 +43,6 @@ MOVES: dict[Strategy, tuple[Move, ...]] = {
     "ladder": ("both",),
     "walk": ("both", "columns", "rows", "window"),
 }
-
-Judge = Callable[[Candidate], ProxyScore]
 
 
 @dataclass(frozen=True)
@@ -122,38 +120,37 @@ class SearchState:
     rounds: tuple[Round, ...] = ()
 
 
+Nomination = tuple[Move, Pair, SparseMask]
+Narrow = Callable[[Pair], Sequence[Nomination]]
+"""What a round nominates from where the search stands: `nominate`, with all but the pair given."""
+Judge = Callable[[Sequence[Candidate]], Sequence[ProxyScore]]
+"""Scores candidate masks; lower is better."""
+
+
 def search(
-    fisher: FisherMatrix,
+    narrow: Narrow,
     judge: Judge,
     ranges: Ranges,
     *,
-    strategy: Strategy = "walk",
     patience: int = 2,
-    budgets: Budgets | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> SearchState:
     """Narrow until the target is reached and nothing has improved for `patience` rounds.
 
     Args:
-        judge: scores a candidate mask; lower is better.
-        budgets: how k is shared among groups of parameters; by default there is one group.
         on_round: told of each round as it ends.
 
     Raises:
         NoProxySucceeded: every proxy at the target failed.
         ModelError: no candidate parameter has a gradient.
     """
-    budgets = budgets or Budgets.of(fisher.space, ())
     state, target = SearchState(Pair(torch.arange(ranges.rows[0]))), len(ranges.columns) - 1
     while state.stale < patience:
-        nominated = tuple(
-            Scored(move, pair, mask, judge(_candidate(state, pair, mask)))
-            for move, pair, mask in nominate(
-                fisher, state.pair, ranges, moves=MOVES[strategy], budgets=budgets
-            )
-        )
-        if not nominated:
+        found = narrow(state.pair)
+        if not found:
             break
+        scores = judge([_candidate(state, pair, mask) for _, pair, mask in found])
+        nominated = tuple(Scored(*f, score) for f, score in zip(found, scores, strict=True))
         state = advance(state, nominated, target=target)
         if on_round is not None:
             on_round(state.rounds[-1])
@@ -175,7 +172,7 @@ def nominate(
     *,
     moves: tuple[Move, ...],
     budgets: Budgets,
-) -> Iterator[tuple[Move, Pair, SparseMask]]:
+) -> Iterator[Nomination]:
     """The pairs that one round compares; what is no new pair is left out."""
     shrunk = min(pair.shrunk + 1, len(ranges.rows) - 1)
     step = min(pair.step + 1, len(ranges.columns) - 1)

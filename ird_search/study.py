@@ -13,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from ird_search.errors import ResourceError
+from ird_search.ledger import Ledger, Unit
 from ird_search.proxy import Trial
 
 NAME = "ird-search"
@@ -32,9 +33,10 @@ class Study:
     def __init__(self, path: Path | None = None) -> None:
         storage = None
         if path is not None:
-            path.unlink(missing_ok=True)
+            for torn in (path, *path.parent.glob(f"{path.name}-*")):  # SQLite's journals, too
+                torn.unlink(missing_ok=True)
             storage = f"sqlite:///{path.resolve()}"
-        with _quiet():
+        with _quiet(), _room():
             # The sampler is named because its default changes between versions.
             self.study = optuna.create_study(
                 storage=storage,
@@ -43,11 +45,10 @@ class Study:
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
 
-    def record(
-        self, trial: Trial, *, kind: str, samples: int | None, parameters: int, stage: str
-    ) -> None:
+    def record(self, done: Unit) -> None:
         """Tell Optuna of one finished fine-tune. A failed one is a failed trial with its reason."""
-        attributes = {"stage": stage, "seconds": trial.seconds, "seed": trial.seed}
+        trial, told = Trial(**done.result["trial"]), done.result["told"]
+        attributes = {"stage": told["stage"], "seconds": trial.seconds, "seed": trial.seed}
         attributes |= {f"metric_{k}": v for k, v in trial.metrics.items()}
         if trial.failure:
             attributes["failure"] = trial.failure
@@ -57,9 +58,9 @@ class Study:
                     state=TrialState.COMPLETE if trial.ok else TrialState.FAIL,
                     value=trial.score if trial.ok else None,
                     params={
-                        "kind": kind,
-                        "samples": samples or 0,
-                        "parameters": parameters,
+                        "kind": told["kind"],
+                        "samples": told["samples"] or 0,
+                        "parameters": told["parameters"],
                         "learning_rate": trial.rate,
                     },
                     distributions={
@@ -71,6 +72,22 @@ class Study:
                     user_attrs=attributes,
                 )
             )
+
+
+def restored(path: Path, ledger: Ledger) -> bool:
+    """Make a study again from the ledger where it cannot be read or lacks a trial."""
+    done = list(ledger.finished("proxy"))
+    try:
+        with _quiet():
+            found = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path.resolve()}")
+            if path.exists() and len(found.trials) == len(done):
+                return False
+    except (KeyError, StorageInternalError, SQLAlchemyError, ValueError):
+        pass  # no study in it, no SQLite, or a torn one
+    study = Study(path)
+    for unit in done:
+        study.record(unit)
+    return True
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -137,6 +137,23 @@ class Snapshot:
         for name, saved in self.buffers.items():
             self.model.get_buffer(name).copy_(saved)
 
+    def now(self) -> Snapshot:
+        """The same entries and buffers as they are by now."""
+        values = tuple(e.take(e.parameter.detach()).clone() for e in self.entries)
+        return replace(self, values=values, buffers=_buffers(self.model))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is saved, on the CPU, to be stored."""
+        values = {f"values.{i}": v for i, v in enumerate(self.values)}
+        buffers = {f"buffers.{name}": b for name, b in self.buffers.items()}
+        return {name: t.cpu() for name, t in (values | buffers).items()}
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Snapshot:
+        """A snapshot of the same entries with values that were stored."""
+        values = tuple(tensors[f"values.{i}"] for i in range(len(self.values)))
+        buffers = {name: tensors[f"buffers.{name}"] for name in self.buffers}
+        return replace(self, values=values, buffers=buffers)
+
     @property
     def count(self) -> int:
         """How many parameters are kept."""
@@ -182,8 +199,12 @@ def snapshot(
         model,
         entries,
         tuple(e.take(e.parameter.detach()).clone() for e in entries),
-        {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        _buffers(model),
     )
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
 def _steps(batches: Iterable[TrainingBatch], steps: int | None) -> int:

@@ -7,19 +7,16 @@ same probe. When a random mask is as good, the verdict says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-import torch
 from scipy import stats
 
-from ird_search.budgets import Budgets
-from ird_search.fisher import FisherMatrix
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
-from ird_search.proxy import Candidate, Kind, Proxies, ProxyScore, Trial
+from ird_search.problem import Problem
+from ird_search.proxy import Attempt, Candidate, Kind, Proxies, ProxyScore, Trial
 from ird_search.samples import SampleSet
 from ird_search.search import Scored
 from ird_search.seeds import derive
@@ -129,83 +126,65 @@ class Verdict:
 
 
 def give_verdict(
-    winner: Scored,
-    fisher: FisherMatrix,
-    proxies: Proxies,
-    *,
-    seeds: int,
-    seed: int,
-    budgets: Budgets | None = None,
+    winner: Scored, fish: Callable[[int], SparseMask], proxies: Proxies, *, seeds: int, seed: int
 ) -> Verdict:
     """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
 
     Random controls draw another mask, or other rows, for each seed.
+
+    Args:
+        fish: a FISH mask of the winner's size from as many random rows, for each seed.
     """
-    budgets, entries = budgets or Budgets.of(fisher.space, ()), []
-    for kind, candidate in _controls(winner, fisher, proxies, seed=seed, budgets=budgets):
-        first = candidate(0)
-        probe = winner.proxy if kind == "ird" else proxies.score(first)
-        trials = []
-        if probe.best.ok:
-            rate = probe.best.rate
-            trials = [
-                proxies.trial(candidate(s), rate, seed=s, verdict=True) for s in range(1, seeds + 1)
-            ]
-        rows = winner.pair.rows.numel() if kind in ("ird", "fish") else None
-        metric = proxies.problem.task.metric
-        entries.append(_entry(kind, rows, first, probe, trials, proxies, metric))
+    draw = _controls(winner, fish, proxies, seed=seed)
+    firsts = {kind: candidate(0) for kind, candidate in draw.items()}
+    others = [kind for kind in draw if kind != "ird"]
+    probes: dict[Kind, ProxyScore] = {"ird": winner.proxy}
+    probes |= zip(others, proxies.scores([firsts[k] for k in others]), strict=True)
+    attempts = [
+        (kind, Attempt(draw[kind](s), probes[kind].best.rate, seed=s, verdict=True))
+        for kind in draw
+        if probes[kind].best.ok
+        for s in range(1, seeds + 1)
+    ]
+    found = proxies.trials([attempt for _, attempt in attempts])
+    trials: dict[Kind, list[Trial]] = {kind: [] for kind in draw}
+    for (kind, _), trial in zip(attempts, found, strict=True):
+        trials[kind].append(trial)
+    entries = [_entry(k, firsts[k], probes[k], trials[k], proxies.problem) for k in draw]
     problem = proxies.problem
     return Verdict(tuple(entries), problem.task.metric, len(problem.verdict))
 
 
+def fish_samples(winner: Scored, train: SampleSet, *, seed: int, s: int) -> SampleSet:
+    """As many random training rows as the winner's mask was computed from."""
+    rows = winner.pair.rows.numel()
+    return train.select(random_subset(len(train), rows, seed=derive(seed, "fish", s)))
+
+
 def _controls(
-    winner: Scored, fisher: FisherMatrix, proxies: Proxies, *, seed: int, budgets: Budgets
-) -> Iterator[tuple[Kind, Callable[[int], Candidate]]]:
-    space, count = winner.mask.space, winner.mask.count
-    yield "ird", lambda s: Candidate("ird", winner.mask, winner.pair.rows.numel())
-    yield (
-        "fish",
-        partial(
-            _fish, fisher, proxies.problem.train, winner.pair.rows.numel(), count, budgets, seed
-        ),
-    )
-    yield "random", partial(_random, space, count, seed)
-    yield "full", lambda s: proxies.full()
-    yield "head", lambda s: proxies.head_only()
+    winner: Scored, fish: Callable[[int], SparseMask], proxies: Proxies, *, seed: int
+) -> dict[Kind, Callable[[int], Candidate]]:
+    """What is compared, drawn anew for each seed where chance has a part in it."""
+    rows, mask = winner.pair.rows.numel(), winner.mask
+    return {
+        "ird": lambda s: Candidate("ird", mask, rows),
+        "fish": lambda s: Candidate("fish", fish(s), rows),
+        "random": lambda s: Candidate("random", random_mask(mask.space, mask.count, seed, s)),
+        "full": lambda s: proxies.full(),
+        "head": lambda s: proxies.head_only(),
+    }
 
 
-def _fish(
-    fisher: FisherMatrix,
-    train: SampleSet,
-    rows: int,
-    count: int,
-    budgets: Budgets,
-    seed: int,
-    s: int,
-) -> Candidate:
-    """FISH Mask (Sung et al. 2021): random training rows, the columns with the largest mean."""
-    drawn = random_subset(len(train), rows, seed=derive(seed, "fish", s))
-    there = fisher.on(train.select(drawn))
-    columns = budgets.ranks(there.column_scores(torch.arange(rows)), None, 0, count)
-    return Candidate("fish", SparseMask(fisher.space, columns), rows)
-
-
-def _random(space: ParameterSpace, count: int, seed: int, s: int) -> Candidate:
-    coords = random_subset(space.numel, count, seed=derive(seed, "random mask", s))
-    return Candidate("random", SparseMask(space, coords))
+def random_mask(space: ParameterSpace, count: int, seed: int, s: int) -> SparseMask:
+    """So many entries, each as likely as any other."""
+    return SparseMask(space, random_subset(space.numel, count, seed=derive(seed, "random mask", s)))
 
 
 def _entry(
-    kind: Kind,
-    rows: int | None,
-    candidate: Candidate,
-    probe: ProxyScore,
-    trials: list[Trial],
-    proxies: Proxies,
-    metric: str,
+    kind: Kind, candidate: Candidate, probe: ProxyScore, trials: list[Trial], problem: Problem
 ) -> Entry:
     bad = next((t for t in (probe.best, *trials) if not t.ok), None)
-    problem = proxies.problem
+    metric = problem.task.metric
     trained = (
         sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
         - sum(problem.model.get_parameter(n).numel() for n in problem.head)
@@ -214,7 +193,7 @@ def _entry(
     )
     return Entry(
         kind=kind,
-        samples=rows,
+        samples=candidate.samples,
         density=candidate.density,
         parameters=trained,
         rate=probe.best.rate,

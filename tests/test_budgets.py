@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ird_search.budgets import REST, Budgets
 from ird_search.errors import UsageError
+from ird_search.narrowing import fish_mask
 from ird_search.parameters import ParameterSpace
 from ird_search.search import Pair, Ranges
 from ird_search.selection import ranks
-from ird_search.verdict import _fish
 from tests.test_search import nominate
 from tests.toy import DenseFisher
 
@@ -115,9 +115,5 @@ def test_the_fish_control_has_the_same_shares() -> None:
     fisher.values[:, SPACE.span("y.lora_B.w")] *= 1e6
     fisher.on = lambda samples: fisher
 
-    class Rows(list):
-        def select(self, drawn: object) -> object:
-            return drawn
-
-    candidate = _fish(fisher, Rows(range(16)), 8, 12, grouped(), 0, 0)
-    assert tuple(grouped().counts(candidate.mask.coords).values()) == grouped().shares(12)
+    mask = fish_mask(fisher, range(16), 12, grouped())
+    assert tuple(grouped().counts(mask.coords).values()) == grouped().shares(12)

@@ -21,12 +21,20 @@ from typer.testing import CliRunner, Result
 from ird_search import load_mask
 from ird_search.cli import app
 from ird_search.config import DataConfig, SearchConfig
-from ird_search.ledger import Ledger
-from ird_search.proxy import Proxies, Trial
+from ird_search.ledger import Ledger, Unit
+from ird_search.proxy import Attempt, Proxies, Trial
 from tests.tiny import TEXT_ROWS, save_tiny_bert
 from tests.toy import OPTIONS
 
-FILES = {"config.yaml", "ledger", "mask.safetensors", "report.md", "rounds.jsonl", "study.db"}
+FILES = {
+    "config.yaml",
+    "ledger",
+    "mask.safetensors",
+    "report.md",
+    "rounds.jsonl",
+    "run.json",
+    "study.db",
+}
 
 
 def call(*arguments: str | Path) -> Result:
@@ -96,17 +104,17 @@ def test_json_is_one_document_and_nothing_else(finished: tuple[Path, Result]) ->
 def test_a_winner_that_fails_its_verdict_is_still_json(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Proxies.trial
+    real = Proxies._run
 
-    def trial(self: Proxies, *args: Any, verdict: bool = False, **more: Any) -> Trial:
-        if verdict:
+    def run(self: Proxies, attempt: Attempt) -> Trial:
+        if attempt.verdict:
             return Trial(0.01, 1, 0.0, 0.0, {}, 0.0, "it diverged")
-        return real(self, *args, **more)
+        return real(self, attempt)
 
     def no_constant(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    monkeypatch.setattr(Proxies, "trial", trial)
+    monkeypatch.setattr(Proxies, "_run", run)
     result = call(*command(place, tmp_path / "run"), "--json")
     document = json.loads(result.stdout, parse_constant=no_constant)
     assert document["score"] is None and document["verdict"][0]["failure"] == "it diverged"
@@ -118,7 +126,7 @@ def test_optuna_loads_the_record(finished: tuple[Path, Result]) -> None:
     output, _ = finished
     rounds = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
     study = optuna.load_study(study_name="ird-search", storage=f"sqlite:///{output / 'study.db'}")
-    assert len(study.trials) == len(list((output / "ledger").iterdir()))  # one a fine-tune
+    assert len(study.trials) == len(list(output.glob("ledger/proxy-*")))  # one a fine-tune
     stages = [t.user_attrs["stage"] for t in study.trials]
     assert stages[0] == "warm-up" and set(stages) == {"warm-up", "choose", "verdict"}
     scores = {t.value for t in study.trials if t.user_attrs["stage"] == "choose"}
@@ -264,7 +272,7 @@ def test_out_of_memory_is_75(
     result = call(*command(place, tmp_path / "run"))
     assert result.exit_code == 75
     assert "out of memory. Lower --batch-size" in result.stderr
-    assert "The same command goes on" in result.stderr
+    assert f"Go on with: ird-search resume {tmp_path / 'run'}\n" in result.stderr
 
 
 def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +288,9 @@ def left_in_order(output: Path) -> None:
     """Finished units, and nothing half-written."""
     assert "mask.safetensors" not in made(output) and made(output) <= FILES
     assert not list(output.rglob("*.tmp"))
-    for unit in (output / "ledger").iterdir():
-        assert Ledger(output / "ledger").get(unit.stem) is not None
+    for unit in (output / "ledger").glob("*.json"):
+        kind, _, key = unit.stem.partition("-")
+        assert Ledger(output / "ledger").get(kind, key) is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -295,8 +304,8 @@ def test_a_signal_between_two_units(
     done: list[str] = []
     put = Ledger.put
 
-    def put_and_stop(self: Ledger, key: str, result: Any) -> None:
-        put(self, key, result)
+    def put_and_stop(self: Ledger, kind: Any, key: str, unit: Unit) -> None:
+        put(self, kind, key, unit)
         done.append(key)
         if len(done) == 6:
             os.kill(os.getpid(), number)
@@ -306,10 +315,10 @@ def test_a_signal_between_two_units(
         patch.setattr(Ledger, "put", put_and_stop)
         result = call(*command(place, output))
     assert result.exit_code == 128 + number
-    assert "The same command goes on where this one stopped." in result.stderr
+    assert f"Go on with: ird-search resume {output}\n" in result.stderr
     left_in_order(output)
-    assert len(list((output / "ledger").iterdir())) == 6
-    assert call(*command(place, output)).exit_code == 0
+    assert len(Ledger(output / "ledger")) == 6
+    assert call("resume", output).exit_code == 0
     whole = (finished[0] / "mask.safetensors").read_bytes()
     assert (output / "mask.safetensors").read_bytes() == whole
 
@@ -332,9 +341,9 @@ def test_a_signal_at_any_moment(number: signal.Signals, place: Path, tmp_path: P
             time.sleep(0.002)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + number, said
-    assert "The same command goes on where this one stopped." in said
+    assert f"Go on with: ird-search resume {output}\n" in said
     left_in_order(output)
-    assert call(*words).exit_code == 0
+    assert call("resume", output).exit_code == 0
     assert call(*command(place, whole, proxy_steps="12")).exit_code == 0
     for name in ("mask.safetensors", "rounds.jsonl", "report.md"):
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name

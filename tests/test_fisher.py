@@ -199,7 +199,7 @@ def test_rows_and_columns_have_one_total(case: Case) -> None:
 def bytes_of_all_factors(p: Problem) -> int:
     m = matrix_of(p, cache_bytes=HUGE, tokens=16)
     m.marginals()
-    return sum(m._kept_bytes.values())
+    return sum(m._held.values())
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 100])
@@ -240,7 +240,8 @@ def test_kept_rows_need_no_second_pass_and_the_others_do() -> None:
 
 def test_factors_that_are_not_kept_are_freed_before_the_next_batch() -> None:
     p = named("bert-sdpa")
-    stream = matrix_of(p, tokens=16)._stream(torch.arange(6))
+    m, rows = matrix_of(p, tokens=16), torch.arange(6)
+    stream = (part for batch in m._plan(rows) for part in m._gradients(batch, rows))
     _, tensors = next(stream)  # a consumer's loop variable, held while the next batch runs
     factors = [weakref.ref(t) for g in tensors.values() for t in g.storages]
     next(stream)

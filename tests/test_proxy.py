@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ird_search import proxy as module
 from ird_search.errors import NoProxySucceeded
-from ird_search.ledger import Ledger
-from ird_search.proxy import Candidate, Proxies, Trial, evaluate, shuffled_rows
+from ird_search.ledger import Ledger, Unit
+from ird_search.proxy import Attempt, Candidate, Proxies, Trial, evaluate, shuffled_rows
 from tests.toy import bits, same_bits, toy_mask, toy_net, toy_proxies
 
 
@@ -54,12 +54,14 @@ class Scripted(Proxies):
         super().__init__(real.problem, real.config, Ledger())
         self.answer, self.tried = answer, list[float]()
 
-    def trial(
-        self, candidate: Candidate, rate: float, *, seed: int = 0, verdict: bool = False
-    ) -> Trial:
-        self.tried.append(rate)
-        found = self.answer(rate)
-        return Trial(rate, seed, found or 0.0, found or 0.0, {}, 1.0, "" if found else "diverged")
+    def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
+        return [self._answered(a) for a in attempts]
+
+    def _answered(self, a: Attempt) -> Trial:
+        self.tried.append(a.rate)
+        found = self.answer(a.rate)
+        failure = "" if found else "diverged"
+        return Trial(a.rate, a.seed, found or 0.0, found or 0.0, {}, 1.0, failure)
 
 
 # --- the same for all ---------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_another_error_of_the_model_is_a_failed_proxy(monkeypatch: pytest.Monkey
 
 
 def test_a_finished_unit_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[Candidate, float, str]] = []
+    told: list[tuple[str, float, str]] = []
     proxies = toy_proxies(directory=tmp_path)
     (candidate, *_) = candidates(proxies)
     first = proxies.score(candidate)
@@ -244,9 +246,14 @@ def test_a_finished_unit_is_not_done_again(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "finetune", never)
     again = toy_proxies(directory=tmp_path)
-    again.on_trial = lambda candidate, trial, stage: told.append((candidate, trial.rate, stage))
+
+    def tell(unit: Unit) -> None:
+        of = unit.result["told"]
+        told.append((of["kind"], unit.result["trial"]["rate"], of["stage"]))
+
+    again.on_trial = tell
     assert again.score(candidate) == first
-    assert told == [(candidate, first.best.rate, "warm-up")]
+    assert told == [("ird", first.best.rate, "warm-up")]
     # the same mask from another rule is the same fine-tune, and is told once
     assert again.score(Candidate("random", candidate.mask)) == first and len(told) == 1
 
@@ -268,7 +275,7 @@ def test_a_unit_with_other_settings_is_another_unit(change: dict[str, Any], tmp_
     first = proxies.score(Candidate("ird", mask)).best
     other = toy_proxies(directory=tmp_path, **change)
     assert other.score(Candidate("ird", mask)).best.loss != first.loss
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(other.ledger) == 2
 
 
 def test_auc_can_be_what_ranks() -> None:

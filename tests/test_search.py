@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ird_search import search as module
 from ird_search.budgets import Budgets
+from ird_search.config import Strategy
 from ird_search.errors import ModelError, NoProxySucceeded
 from ird_search.mask import SparseMask
 from ird_search.search import (
     MOVES,
+    Narrow,
     Pair,
     Ranges,
     Round,
@@ -40,20 +42,26 @@ def nominate(fisher: Any, pair: Pair, sizes: Ranges, groups: tuple[str, ...] = (
     return module.nominate(fisher, pair, sizes, moves=MOVES["walk"], budgets=budgets)
 
 
+def narrow(fisher: Any, sizes: Ranges, strategy: Strategy) -> Narrow:
+    """What each round of a strategy nominates."""
+    budgets, moves = Budgets.of(fisher.space, ()), MOVES[strategy]
+    return lambda pair: list(module.nominate(fisher, pair, sizes, moves=moves, budgets=budgets))
+
+
 def run(values: Tensor, answer: Any, *, budget: int = 4, rounds: int = 3, **more: Any) -> Any:
     """A search on an explicit F; `answer` maps a mask's coordinates to a score."""
     least = more.pop("min_samples", 2)
     sizes = Ranges.geometric(*values.shape, min_samples=least, budget=budget, rounds=rounds)
     judge = answer if isinstance(answer, Script) else Script(answer)
-    fisher: Any = DenseFisher(values)
-    return search(fisher, judge, sizes, **more)
+    strategy = more.pop("strategy", "walk")
+    return search(narrow(DenseFisher(values), sizes, strategy), judge, sizes, **more)
 
 
 def shrink_rows(judge: Script, *, patience: int) -> SearchState:
     """A ladder whose columns are at the target at once, with six sizes of rows to come."""
-    fisher: Any = DenseFisher(matrix(512))
     sizes = Ranges((512, 256, 128, 64, 32, 16, 8), (64, 4))
-    return search(fisher, judge, sizes, strategy="ladder", patience=patience)
+    fisher = DenseFisher(matrix(512))
+    return search(narrow(fisher, sizes, "ladder"), judge, sizes, patience=patience)
 
 
 def test_the_search_ends_when_nothing_new_is_left() -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from ird_search.ledger import Ledger, Unit, unit_key
 from ird_search.proxy import Trial
-from ird_search.study import NAME, Study
+from ird_search.study import NAME, Study, restored
 
 GOOD = Trial(1e-3, 0, 0.4, 0.4, {"accuracy": 0.9}, 1.5)
 BETTER = Trial(1e-2, 0, 0.3, 0.3, {"accuracy": 0.8}, 2.5)
 FAILED = Trial(1.0, 0, 0.0, 0.0, {}, 0.5, "Training diverged at step 3: the loss is nan.")
 
 
+def told(trial: Trial, kind: str, samples: int | None, parameters: int, stage: str) -> Unit:
+    """As the ledger holds it."""
+    about = {"kind": kind, "samples": samples, "parameters": parameters, "stage": stage}
+    return Unit({"trial": asdict(trial), "told": about})
+
+
 def fill(study: Study) -> None:
-    study.record(GOOD, kind="ird", samples=8, parameters=50, stage="round 1, both")
-    study.record(FAILED, kind="random", samples=None, parameters=50, stage="control")
-    study.record(BETTER, kind="ird", samples=4, parameters=25, stage="round 2, rows")
+    study.record(told(GOOD, "ird", 8, 50, "round 1, both"))
+    study.record(told(FAILED, "random", None, 50, "control"))
+    study.record(told(BETTER, "ird", 4, 25, "round 2, rows"))
 
 
 def test_optuna_reads_the_record(tmp_path: Path) -> None:
@@ -52,3 +60,20 @@ def test_in_memory_and_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
     fill(study)
     assert len(study.study.trials) == 3
     assert capfd.readouterr() == ("", "") and optuna.logging.get_verbosity() == verbosity
+
+
+def test_a_damaged_study_is_made_again_from_the_ledger(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "study.db", Ledger(tmp_path / "ledger")
+    for i, trial in enumerate((GOOD, BETTER, FAILED)):
+        unit = told(trial, "ird", 8, 50, "choose")
+        ledger.put("proxy", unit_key({"i": i}), unit)
+    assert restored(path, ledger) and not restored(path, ledger)
+    whole = path.read_bytes()
+    for torn in (b"", whole[:1000], whole[: len(whole) // 2], b"no database" * 100, None):
+        path.unlink() if torn is None else path.write_bytes(torn)
+        assert restored(path, ledger)
+        found = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+        assert sorted(t.state.name for t in found.trials) == ["COMPLETE", "COMPLETE", "FAIL"]
+        assert found.best_value == 0.3
+    ledger.put("proxy", unit_key({"i": 3}), told(GOOD, "ird", 8, 50, "verdict"))
+    assert restored(path, ledger) and not restored(path, ledger)  # one was not told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,13 +11,16 @@ import torch
 from scipy import stats
 
 from ird_search import verdict as module
+from ird_search.budgets import Budgets
 from ird_search.fisher import FisherMatrix, make_engine
 from ird_search.ledger import Ledger
-from ird_search.proxy import Candidate, Kind, Proxies, Trial
+from ird_search.mask import SparseMask
+from ird_search.narrowing import fish_mask
+from ird_search.proxy import Attempt, Candidate, Kind, Proxies, Trial
 from ird_search.report import explained, text_table
 from ird_search.samples import SampleSet
 from ird_search.search import Pair, Scored
-from ird_search.verdict import Entry, Verdict, give_verdict
+from ird_search.verdict import Entry, Verdict, fish_samples, give_verdict
 from tests.toy import scored, toy_mask, toy_problem
 
 KINDS: tuple[Kind, ...] = ("ird", "fish", "random", "full", "head")
@@ -40,14 +43,15 @@ class Spied(Proxies):
         self.answer = answer
         self.asked: list[tuple[Candidate, float, int, bool]] = []
 
-    def trial(
-        self, candidate: Candidate, rate: float, *, seed: int = 0, verdict: bool = False
-    ) -> Trial:
-        self.asked.append((candidate, rate, seed, verdict))
-        found = self.answer(candidate, verdict)
+    def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
+        return [self._answered(a) for a in attempts]
+
+    def _answered(self, a: Attempt) -> Trial:
+        self.asked.append((a.candidate, a.rate, a.seed, a.verdict))
+        found = self.answer(a.candidate, a.verdict)
         if isinstance(found, str):
-            return Trial(rate, seed, 0.0, 0.0, {}, 0.0, found)
-        return Trial(rate, seed, found + seed / 100, found, {"accuracy": found}, 0.0)
+            return Trial(a.rate, a.seed, 0.0, 0.0, {}, 0.0, found)
+        return Trial(a.rate, a.seed, found + a.seed / 100, found, {"accuracy": found}, 0.0)
 
     def asked_of(self, kind: Kind, *, verdict: bool) -> list[tuple[Candidate, float, int]]:
         return [(c, r, s) for c, r, s, v in self.asked if c.kind == kind and v == verdict]
@@ -62,7 +66,12 @@ def give(proxies: Proxies, *, seeds: int = 3, seed: int = 0) -> tuple[Verdict, F
     mask = toy_mask(p, 0, 3, 9, 35)
     pair = Pair(torch.tensor([1, 3, 5]), None, mask.coords)
     winner = Scored("both", pair, mask, scored(0.4, rate=0.02))
-    return give_verdict(winner, fisher, proxies, seeds=seeds, seed=seed), fisher
+
+    def fish(s: int) -> SparseMask:
+        samples = fish_samples(winner, p.train, seed=seed, s=s)
+        return fish_mask(fisher, samples, mask.count, Budgets.of(p.space, ()))
+
+    return give_verdict(winner, fish, proxies, seeds=seeds, seed=seed), fisher
 
 
 # --- in words -----------------------------------------------------------------------------------

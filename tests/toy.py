@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,10 @@ class Script:
         self.answer, self.rate = answer, rate
         self.asked: list[Candidate] = []
 
-    def __call__(self, candidate: Candidate) -> ProxyScore:
+    def __call__(self, candidates: Sequence[Candidate]) -> list[ProxyScore]:
+        return [self._score(candidate) for candidate in candidates]
+
+    def _score(self, candidate: Candidate) -> ProxyScore:
         self.asked.append(candidate)
         found = self.answer(candidate.mask.coords.tolist())
         if isinstance(found, str):

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ird_search.errors import out_of_memory
 from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.matrix import FisherMatrix, Marginals
+from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.rules import register_rule
 from ird_search.fisher.taps import Taps
 from ird_search.fisher.vmap import VMap
@@ -33,7 +35,10 @@ __all__ = [
     "Engine",
     "FallbackWarning",
     "FisherMatrix",
+    "Loop",
     "Marginals",
+    "Memory",
+    "PassRecord",
     "SampleGradients",
     "make_engine",
     "register_rule",
@@ -79,9 +84,9 @@ def make_engine(
             engine = _build(path, model, task, space, example)
             with _full_precision():
                 error, allowed = self_check(engine, loop, example)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as problem:
+            if out_of_memory(problem):
+                raise
             told = (str(problem).splitlines() or ["no message"])[0][:200]
             reasons.append(f"{path!r} fails: {type(problem).__name__}: {told}")
         else:

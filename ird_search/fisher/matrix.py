@@ -13,17 +13,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ird_search.errors import DataError
+from ird_search.coordinates import digest
+from ird_search.devices import release_memory
+from ird_search.errors import DataError, ResourceError, out_of_memory
 from ird_search.fisher.engine import Engine
 from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
+from ird_search.fisher.record import Memory, PassRecord
+from ird_search.ledger import Ledger
 from ird_search.parameters import ParameterSpace
 from ird_search.samples import SampleSet
+
+log = logging.getLogger(__name__)
+
+_Factors = list[tuple[Tensor, dict[str, SampleGradients]]]
+"""Of one batch: (finite rows, gradients by name)."""
 
 EXCLUDED_SHARE = 0.01
 """More samples than this without a finite gradient end the run."""
@@ -44,11 +55,17 @@ class Marginals:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """F restricted to `rows` (positions) × `columns` (sorted coordinates), on the CPU."""
+    """F restricted to `rows` (positions) × `columns` (sorted coordinates), on the CPU.
+
+    Without values it is one that an interrupted run had in memory.
+    """
 
     rows: Tensor
     columns: Tensor
-    values: Tensor
+    values: Tensor | None = None
+
+    def equals(self, rows: Tensor, columns: Tensor) -> bool:
+        return torch.equal(self.rows, rows) and torch.equal(self.columns, columns)
 
     def covers(self, rows: Tensor, columns: Tensor) -> bool:
         if columns.numel() > self.columns.numel() or not torch.isin(rows, self.rows).all():
@@ -63,6 +80,7 @@ class _Tile:
         if columns.numel() < self.columns.numel():
             at = torch.searchsorted(self.columns, columns)
         for row in rows.tolist():
+            assert self.values is not None
             one = self.values[position[row]]
             yield one if at is None else one.index_select(0, at)
 
@@ -78,6 +96,8 @@ class FisherMatrix:
         cache_bytes: memory for kept factors, and as much again for a tile.
         excluded_share: more samples than this without a finite gradient raise a `DataError`.
         device: where batches go.
+        fallback: the path for one sample at a time, where memory suffices for no more.
+        record: where long passes write down their sums.
     """
 
     def __init__(
@@ -90,20 +110,44 @@ class FisherMatrix:
         cache_bytes: int = 2 * 2**30,
         excluded_share: float = EXCLUDED_SHARE,
         device: str | torch.device = "cpu",
+        fallback: Engine | None = None,
+        record: PassRecord | None = None,
     ) -> None:
         self.engine, self.samples, self.space = engine, samples, space
         self.tokens, self.cache_bytes, self.device = tokens, cache_bytes, torch.device(device)
-        self.excluded_share = excluded_share
+        self.excluded_share, self.fallback = excluded_share, fallback
+        self.record = record or PassRecord(Ledger(), {})
         self.excluded: set[int] = set()
         """Positions of samples whose log-likelihood or gradient is not finite."""
-        self.silent: tuple[str, ...] = ()
-        """Tensors that no gradient reached in the first pass over all parameters: all zero."""
         self.passes = 0.0
         """Forward and backward passes over the whole sample set that were needed so far."""
-        self._kept: list[tuple[Tensor, dict[str, SampleGradients]]] = []
-        self._kept_bytes: dict[int, int] = {}
+        self._silent: tuple[str, ...] | None = None
+        self._settled = False
+        self._kept: dict[tuple[int, ...], _Factors | None] = {}
+        self._held: dict[int, int] = {}
         self._tile: _Tile | None = None
-        self._heard = False
+        self._engine: Engine = engine
+        self._most: int | None = None
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Tensors that no gradient reached in the first pass over all parameters: all zero."""
+        return self._silent or ()
+
+    @property
+    def memory(self) -> Memory:
+        """What the next answers depend on besides the question."""
+        tile = None if self._tile is None else (self._tile.rows, self._tile.columns)
+        excluded = tuple(sorted(self.excluded))
+        return Memory(excluded, tuple(self._kept), self._settled, self._silent, tile)
+
+    def remember(self, memory: Memory) -> None:
+        """Go on as a matrix with this memory would."""
+        self.excluded = set(memory.excluded)
+        self._settled, self._silent = memory.settled, memory.silent
+        self._kept = {rows: self._kept.get(rows) for rows in memory.kept}
+        if memory.tile is None or self._tile is None or not self._tile.equals(*memory.tile):
+            self._tile = None if memory.tile is None else _Tile(*memory.tile)
 
     def on(self, samples: SampleSet) -> FisherMatrix:
         """The matrix of the same model on a few other samples.
@@ -118,6 +162,8 @@ class FisherMatrix:
             cache_bytes=0,
             excluded_share=1.0,
             device=self.device,
+            fallback=self.fallback,
+            record=self.record,
         )
 
     def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:
@@ -132,15 +178,17 @@ class FisherMatrix:
         flat = {name: sums[self.space.span(name)] for name in self.space.names}
         masks = self._columns(within)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
-        for chosen, tensors in self._stream(rows):
+
+        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
             parts = [
                 g.add_squares(flat[n], None if masks is None else masks.get(n, self._nothing(n)))
                 for n, g in tensors.items()
             ]
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
-        if not self._heard:
-            self._heard = True
-            self.silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
+
+        self._pass("marginals", rows, within, {"columns": sums, "rows": scores}, add)
+        if self._silent is None:
+            self._silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
         return Marginals(self._marked(scores)[rows], sums.div_(self._finite(rows)).cpu())
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -156,12 +204,15 @@ class FisherMatrix:
                 scores[row] = one.sum(dtype=torch.float64)
             return self._marked(scores)[rows]
         masks = self._columns(columns)
-        for chosen, tensors in self._stream(rows):
+
+        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
             parts = [
                 tensors[n].square_norms(None if masks is None else masks[n])
                 for n in (tensors if masks is None else masks)
             ]
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
+
+        self._pass("row scores", rows, columns, {"rows": scores}, add)
         return self._marked(scores)[rows]
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -184,13 +235,16 @@ class FisherMatrix:
             n: torch.zeros(m.numel if n in whole else m.count, device=self.device)
             for n, m in masks.items()
         }
-        for _, tensors in self._stream(rows):
+
+        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
             for name in masks:
                 if name in whole:
                     tensors[name].add_squares(sums[name], self._nothing(name))
                     continue
                 for _, part in tensors[name].parts(masks[name].count):
                     sums[name] += part.entries(masks[name]).square().sum(0)
+
+        self._pass("column scores", rows, columns, sums, add)
         found = [m.take(sums[n]) if n in whole else sums[n] for n, m in masks.items()]
         return torch.cat(found).div_(self._finite(rows)).cpu()
 
@@ -215,67 +269,164 @@ class FisherMatrix:
     def _restricted(self, rows: Tensor, columns: Tensor) -> _Tile | None:
         """A tile that holds F[rows, columns] where it fits into memory, else None."""
         if self._tile is not None and self._tile.covers(rows, columns):
+            if self._tile.values is None:
+                self._tile = self._filled(self._tile.rows, self._tile.columns)
             return self._tile
         if rows.numel() * columns.numel() * 4 > self.cache_bytes:
             return None
         self._tile = None  # two tiles would take twice the memory
+        self._tile = self._filled(rows, columns)
+        return self._tile
+
+    def _filled(self, rows: Tensor, columns: Tensor) -> _Tile:
         values = torch.zeros(rows.numel(), columns.numel())
         place = torch.full((len(self.samples),), -1)
         place[rows] = torch.arange(rows.numel())
         bounds = torch.searchsorted(columns, torch.tensor(self.space.offsets)).tolist()
         spans = {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(self.space.names)}
         masks = self._columns(columns) or {}
-        for chosen, tensors in self._stream(rows):
+
+        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
             for name, mask in masks.items():
                 for part, gradients in tensors[name].parts(mask.count):
                     found = gradients.entries(mask).square()
                     values[place[chosen[part]], spans[name]] = found.cpu()
-        self._tile = _Tile(rows, columns, values)
-        return self._tile
 
-    def _stream(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
-        """(positions, gradients by name) that together hold each finite row of `rows` once.
+        self._pass("tile", rows, columns, {"values": values}, add)
+        return _Tile(rows, columns, values)
 
-        Rows whose factors are kept come first, then batches of similar length through the model.
+    def _pass(
+        self,
+        name: str,
+        rows: Tensor,
+        columns: Tensor | None,
+        sums: dict[str, Tensor],
+        add: Callable[[Tensor, dict[str, SampleGradients]], None],
+    ) -> None:
+        """Call `add` so that it sees each finite row of `rows` once, in a fixed order.
+
+        A long pass writes its sums down from time to time; an interrupted one goes on from them.
+        Where memory runs out within `add`, the sums are of no use, and the pass begins again at
+        what was written, with smaller batches.
+        """
+        plan = self._plan(rows)
+        inputs = {"pass": name, "columns": digest(columns)} | {
+            "samples": digest(self.samples.ids),
+            "rows": digest(rows),
+            "plan": [digest(batch) for batch in plan],
+        }
+        while True:
+            done = self._resume(inputs, len(plan), sums)
+            try:
+                for n in range(done, len(plan)):
+                    for chosen, tensors in self._gradients(plan[n], rows):
+                        add(chosen, tensors)
+                    if self.record.due:
+                        self.record.put(inputs, n + 1, sums, self.memory)
+                self._settled = True
+                return
+            except (MemoryError, RuntimeError) as problem:
+                if not out_of_memory(problem):
+                    raise
+                self._smaller(self._most or max(part.numel() for part in plan), str(problem))
+
+    def _resume(self, inputs: dict[str, Any], portions: int, sums: dict[str, Tensor]) -> int:
+        """How many portions are in the sums, which are put to what they were then, or to zero."""
+        found = self.record.latest(inputs, portions, sums)
+        if found is None:
+            for tensor in sums.values():
+                tensor.zero_()
+            return 0
+        done, memory = found
+        self.remember(memory)
+        return done
+
+    def _plan(self, rows: Tensor) -> list[Tensor]:
+        """The batches of a pass: those whose factors are kept, then the missing rows by length."""
+        missing = torch.zeros(len(self.samples), dtype=torch.bool)
+        missing[rows] = True
+        missing[list(self.excluded)] = False
+        plan = []
+        for kept in map(torch.tensor, self._kept):
+            if bool(missing[kept].any()):
+                plan.append(kept)
+                missing[kept] = False
+        return plan + self.samples.length_split(missing.nonzero().flatten(), tokens=self.tokens)
+
+    def _gradients(
+        self, batch: Tensor, rows: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
+        """(positions, gradients by name) of the finite rows of a batch that are in `rows`.
+
+        A batch is computed whole, even if few of its rows are wanted and its factors are lost: the
+        last bits of a gradient depend on the batch that it is computed in.
         """
         wanted = torch.zeros(len(self.samples), dtype=torch.bool)
         wanted[rows] = True
-        missing = wanted.clone()
-        for have, tensors in list(self._kept):
+        for have, tensors in self._kept.get(tuple(batch.tolist())) or self._computed(batch):
             chosen = wanted[have]
-            missing[have] = False
             if chosen.all():
                 yield have, tensors
             elif chosen.any():
                 at = chosen.nonzero().flatten().to(self.device)
                 yield have[chosen], {n: g.select(at) for n, g in tensors.items()}
-        missing[list(self.excluded)] = False
-        yield from self._compute(missing.nonzero().flatten())
 
-    def _compute(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
-        for batch in self.samples.length_batches(rows, tokens=self.tokens):
-            self.passes += len(batch) / len(self.samples)
-            for c in self.engine.gradients(batch.to(self.device)):
-                have, good, tensors = batch.rows[c.part], c.finite.cpu(), c.tensors
-                self._exclude(have[~good])
-                if not good.all():
-                    at = good.nonzero().flatten().to(self.device)
-                    have, tensors = have[good], {n: g.select(at) for n, g in tensors.items()}
-                kept = self._keep(have, tensors)
-                if have.numel():
+    def _computed(self, batch: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
+        """The finite rows of a batch, through the model. Its factors are kept if all fit."""
+        name = tuple(batch.tolist())
+        keep, parts, held = not self._settled or name in self._kept, [], dict(self._held)
+        for have, tensors in self._through_model(batch):
+            storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
+            held |= {s.data_ptr(): s.nbytes() for s in storages}  # what is shared counts once
+            keep = keep and sum(held.values()) <= self.cache_bytes
+            if keep:
+                parts.append((have, tensors))
+            if have.numel():
+                yield have, tensors
+            if not keep:  # whoever still holds the dictionary must not hold the factors
+                parts.clear()
+                tensors.clear()
+        if keep and parts:
+            self._kept[name], self._held = parts, held
+
+    def _through_model(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
+        """(finite rows, gradients by name) of some rows; in halves where memory runs out."""
+        while rows.numel():
+            batch, done, reason = rows[: self._most], 0, ""
+            try:
+                for c in self._engine.gradients(self.samples.batch(batch, self.device)):
+                    have, good, tensors = batch[c.part], c.finite.cpu(), c.tensors
+                    self._exclude(have[~good])
+                    if not good.all():
+                        at = good.nonzero().flatten().to(self.device)
+                        have, tensors = have[good], {n: g.select(at) for n, g in tensors.items()}
                     yield have, tensors
-                if not kept:  # whoever still holds the dictionary must not hold the factors
-                    tensors.clear()
+                    done = c.part.stop
+                    del c
+            except (MemoryError, RuntimeError) as problem:
+                if not out_of_memory(problem):
+                    raise
+                reason = str(problem)
+            if reason or done < batch.numel():
+                self._smaller(batch.numel() - done, reason)
+            self.passes += done / len(self.samples)
+            rows = rows[done:]
 
-    def _keep(self, rows: Tensor, tensors: dict[str, SampleGradients]) -> bool:
-        """Keep the factors of these rows where they fit; storage that is shared counts once."""
-        storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
-        more = {s.data_ptr(): s.nbytes() for s in storages}
-        if not rows.numel() or sum((self._kept_bytes | more).values()) > self.cache_bytes:
-            return False
-        self._kept.append((rows, tensors))
-        self._kept_bytes |= more
-        return True
+    def _smaller(self, rows: int, reason: str) -> None:
+        """Take half as many rows at a time from now on; then one by the loop; then give up."""
+        release_memory()
+        if rows > 1:
+            self._most = rows // 2
+            log.warning("Out of memory: batches of the Fisher pass are of %d rows.", self._most)
+        elif self.fallback is not None and self._engine is not self.fallback:
+            self._engine = self.fallback
+            log.warning("Out of memory: the Fisher pass goes on one sample at a time.")
+        else:
+            raise ResourceError(
+                f"Out of memory in the Fisher pass, with one sample at a time: {reason[:200]!r}. "
+                "Lower cache_mb (--cache-mb) or max_length (--max-length), or leave tensors out "
+                "with include and exclude."
+            )
 
     def _exclude(self, rows: Tensor) -> None:
         self.excluded |= set(rows.tolist())

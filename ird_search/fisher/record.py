@@ -1,0 +1,135 @@
+"""What outlives an interruption of a Fisher pass: its sums so far, and what was in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ird_search.coordinates import packed, unpacked
+from ird_search.ledger import Ledger, Unit, unit_key
+
+EVERY = 30.0
+"""Seconds of a pass after which its sums are written down."""
+SHARE = 20
+"""Writing them takes at most one part in so many of the time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What a `FisherMatrix` remembers of earlier passes.
+
+    The last bits of its answers depend on it: a gradient is rounded otherwise in another batch,
+    and a sum over a tile otherwise than one over factors. With the same memory another process
+    goes on bit for bit; what was kept it computes again, in the same batches, where it needs it.
+
+    Args:
+        excluded: positions of samples without a finite gradient.
+        kept: the rows of each batch whose factors are kept.
+        settled: whether nothing more will be kept.
+        silent: tensors that no gradient reached; None before the first pass over all parameters.
+        tile: rows and columns of the tile, if there is one.
+    """
+
+    excluded: tuple[int, ...] = ()
+    kept: tuple[tuple[int, ...], ...] = ()
+    settled: bool = False
+    silent: tuple[str, ...] | None = None
+    tile: tuple[Tensor, Tensor] | None = None
+
+    def to_unit(self, numel: int) -> Unit:
+        """As what a ledger stores.
+
+        Args:
+            numel: P, the number of candidate parameters.
+        """
+        result = {
+            "excluded": list(self.excluded),
+            "kept": [list(rows) for rows in self.kept],
+            "settled": self.settled,
+            "silent": None if self.silent is None else list(self.silent),
+        }
+        tensors = {}
+        if self.tile is not None:
+            tensors = {"tile.rows": self.tile[0], "tile.columns": packed(self.tile[1], numel)}
+        return Unit(result, tensors)
+
+    @classmethod
+    def of_unit(cls, unit: Unit) -> Memory:
+        """The same again."""
+        found, tile = unit.result, None
+        if "tile.rows" in unit.tensors:
+            tile = unit.tensors["tile.rows"], unpacked(unit.tensors["tile.columns"])
+        return cls(
+            tuple(found["excluded"]),
+            tuple(tuple(rows) for rows in found["kept"]),
+            found["settled"],
+            None if found["silent"] is None else tuple(found["silent"]),
+            tile,
+        )
+
+
+class PassRecord:
+    """Sums of unfinished passes in a ledger, so that an interruption costs at most one chunk.
+
+    A chunk is what a pass does in `every` seconds. Its unit holds the sums over all batches so far
+    and takes the place of the one before, so there is one at a time, of the size of the sums.
+
+    Args:
+        about: what else the sums depend on: model, samples, settings.
+        every: seconds between two chunks' ends; 0 for one chunk a batch.
+    """
+
+    def __init__(self, ledger: Ledger, about: Mapping[str, Any], *, every: float = EVERY) -> None:
+        self.ledger, self.about, self.every = ledger, dict(about), every
+        self._last, self._took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        if self.ledger.directory is None:  # nothing outlives the process
+            return False
+        return time.monotonic() - self._last >= max(self.every, SHARE * self._took)
+
+    def put(
+        self, inputs: Mapping[str, Any], done: int, sums: Mapping[str, Tensor], memory: Memory
+    ) -> None:
+        """The sums over the first `done` batches of a pass."""
+        began = time.monotonic()
+        unit = memory.to_unit(0 if memory.tile is None else int(memory.tile[1].max()) + 1)
+        tensors = {f"sums.{name}": tensor.cpu() for name, tensor in sums.items()}
+        self.ledger.put(
+            "fisher", self._key(inputs, done), Unit(unit.result, {**unit.tensors, **tensors})
+        )
+        for earlier in range(done - 1, 0, -1):
+            key = self._key(inputs, earlier)
+            if self.ledger.get("fisher", key) is None:
+                break
+            self.ledger.drop("fisher", key)
+        self._last = time.monotonic()
+        self._took = self._last - began
+
+    def latest(
+        self, inputs: Mapping[str, Any], batches: int, sums: Mapping[str, Tensor]
+    ) -> tuple[int, Memory] | None:
+        """How many batches of a pass are written down, and what was in memory; fills `sums`."""
+        if self.ledger.directory is None:
+            return None
+        for done in range(batches, 0, -1):
+            unit = self.ledger.get("fisher", self._key(inputs, done))
+            if unit is not None:
+                for name, tensor in sums.items():
+                    tensor.copy_(unit.tensors[f"sums.{name}"])
+                return done, Memory.of_unit(unit)
+        return None
+
+    def clear(self) -> None:
+        """Forget all sums: what they were for is finished."""
+        self.ledger.clear("fisher")
+        self._last = time.monotonic()
+
+    def _key(self, inputs: Mapping[str, Any], done: int) -> str:
+        return unit_key({**self.about, **inputs, "batches": done})

@@ -1,0 +1,79 @@
+"""`workers`: more processes of this machine that share the fine-tunes of a run.
+
+Each goes through the same search, takes every finished unit from the ledger, and claims the
+fine-tunes that nobody does yet. Nothing is sent between them: one that is killed leaves its claim,
+one that is stopped loses it after a while, and the run needs none of them to come to its end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ird_search.errors import UsageError
+
+Target = Callable[[bytes, Path], None]
+
+
+@contextmanager
+def workers(count: int, target: Target, payload: Any, directory: Path) -> Iterator[None]:
+    """Within the block, so many processes call `target(pickled payload, directory)`.
+
+    Raises:
+        UsageError: the payload cannot be pickled.
+    """
+    if not count:
+        yield
+        return
+    data = _pickled(payload)
+    context = multiprocessing.get_context("spawn")
+    started = [
+        context.Process(target=_work, args=(target, data, directory), daemon=True)
+        for _ in range(count)
+    ]
+    try:
+        for process in started:
+            process.start()
+        yield
+    finally:
+        for process in started:
+            if process.pid is not None:
+                process.kill()  # what it was doing is in nobody's way
+                process.join()
+
+
+def _pickled(payload: Any) -> bytes:
+    """By value: the pickler of `multiprocessing` would share the weights, which each one trains."""
+    try:
+        return pickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as problem:  # whatever a class of the user's raises
+        raise UsageError(
+            f"The model or data cannot be sent to other processes: {problem}. Define its classes "
+            "at the top level of a module, or pass workers=1 (--workers 1)."
+        ) from problem
+
+
+def _work(target: Target, data: bytes, directory: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        target(data, directory)
+    except Exception as problem:
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        print(f"ird-search: a worker stopped, the others go on: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
