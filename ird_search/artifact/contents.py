@@ -88,7 +88,8 @@ class MaskFile:
     def head(self) -> tuple[str, ...]:
         """The tensors that are to be trained whole beside the mask; empty where not recorded."""
         head = self.provenance.get("head")
-        return tuple(map(str, head)) if isinstance(head, list | tuple) else ()
+        names = head if isinstance(head, list | tuple) else ()
+        return tuple(name for name in names if isinstance(name, str) and name.isprintable())
 
     @property
     def learning_rate(self) -> float | None:

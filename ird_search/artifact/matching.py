@@ -64,10 +64,12 @@ def check_weights(provenance: Mapping[str, Any], model: nn.Module) -> None:
             "The file does not record the weights that it was made for, so strict=True has nothing "
             "to check. Load without strict, or save with weights_sha256 in the provenance."
         )
-    held = weights_sha256(model, [name for name, _ in model.named_parameters() if name in fresh])
+    named = {name for name in fresh if isinstance(name, str)}
+    held = weights_sha256(model, [name for name, _ in model.named_parameters() if name in named])
     if held != recorded:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
         raise ValueError(
-            f"The model's weights (sha256 {held[:12]}) are not those that the mask was made for "
-            f"({recorded[:12]!r}). Load the same base model and revision in the same dtype, before "
-            "any training, or load without strict."
+            f"The model's weights ({', '.join(dtypes)}, sha256 {held[:12]}) are not those that the "
+            f"mask was made for ({recorded[:12]!r}). Load the same base model and revision in the "
+            "same dtype, before any training, or load without strict."
         )

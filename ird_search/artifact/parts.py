@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ird_search.artifact.container import AGAIN, Layout
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,12 @@ class Part:
 
     @property
     def kind(self) -> str:
-        if self.count == 0:
+        count, numel = self.count, self.numel
+        if count == 0:
             return "none"
-        if self.count == self.numel:
+        if count == numel:
             return "full"
-        return "bits" if 32 * self.count > self.numel else "idx"  # the smaller of the two
+        return "bits" if 32 * count > numel else "idx"  # the smaller of the two
 
     @property
     def key(self) -> str:
@@ -54,22 +58,21 @@ class Part:
         bits[index.numpy()] = True
         return torch.from_numpy(np.packbits(bits, bitorder="little"))
 
-    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor]) -> IntArray:
         """The selected indices, int64 [count], verified."""
-        if self.kind == "none":
-            return torch.empty(0, dtype=torch.int64)
-        if self.kind == "full":
-            return torch.arange(self.numel)
-        if self.kind == "bits":
-            bits = np.unpackbits(stored[self.key].numpy(), bitorder="little")
-            index = torch.from_numpy(bits.nonzero()[0])
+        kind, numel = self.kind, self.numel
+        if kind in ("none", "full"):
+            return np.arange(self.count, dtype=np.int64)
+        key = f"{self.name}::{kind}"
+        vector = stored[key].numpy()
+        if kind == "bits":
+            index = np.unpackbits(vector, bitorder="little").nonzero()[0]
         else:
-            index = stored[self.key].long()
-        steps = index[1:] > index[:-1]
-        if index.numel() != self.count or not bool(steps.all()):
-            raise ValueError(f"{self.key!r} lacks {self.count} increasing indices. {AGAIN}")
-        if index[0] < 0 or index[-1] >= self.numel:  # also a padding bit that is set
-            raise ValueError(f"{self.key!r} reaches beyond {self.numel} entries. {AGAIN}")
+            index = vector.astype(np.int64)
+        if index.size != self.count or (index[1:] <= index[:-1]).any():
+            raise ValueError(f"{key!r} lacks {self.count} increasing indices. {AGAIN}")
+        if index[0] < 0 or index[-1] >= numel:  # also a padding bit that is set
+            raise ValueError(f"{key!r} reaches beyond {numel} entries. {AGAIN}")
         return index
 
 
@@ -89,7 +92,7 @@ def space_of(parts: Sequence[Part]) -> ParameterSpace:
 
 def index_layouts(parts: Sequence[Part]) -> dict[str, Layout]:
     """The vectors that stand for the selected entries, by key."""
-    return {part.key: part.layout for part in parts if part.kind in ("idx", "bits")}
+    return {part.key: part.layout for part in parts if 0 < part.count < part.numel}
 
 
 def encoded(mask: SparseMask) -> dict[str, Tensor]:
@@ -101,9 +104,10 @@ def encoded(mask: SparseMask) -> dict[str, Tensor]:
 def decoded(parts: Sequence[Part], stored: Mapping[str, Tensor]) -> SparseMask:
     """The mask, from the vectors by key; verified, else a ValueError."""
     space = space_of(parts)
-    pieces = [
-        part.decode(stored) + start
-        for part, start in zip(parts, space.offsets[:-1], strict=True)
-        if part.count
-    ]
-    return SparseMask(space, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64))
+    coords = np.empty(sum(part.count for part in parts), dtype=np.int64)
+    end = 0
+    for part, offset in zip(parts, space.offsets[:-1], strict=True):
+        start, end = end, end + part.count
+        if part.count:
+            np.add(part.decode(stored), offset, out=coords[start:end])
+    return SparseMask(space, torch.from_numpy(coords))

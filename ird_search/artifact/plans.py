@@ -33,6 +33,7 @@ from ird_search.parameters import ParameterSpace
 SAMPLES = "__samples__"
 
 _MAX_TENSORS = 100_000
+_MAX_NAME = 1_000  # characters; the space for them in a message is small, too
 _MAX_RANK = 8
 _MAX_NUMEL = 2**48  # keeps every coordinate far from the end of int64
 
@@ -50,6 +51,11 @@ class _Parts:
     @cached_property
     def count(self) -> int:
         return sum(part.count for part in self.parts)
+
+    @property
+    def memory(self) -> int:
+        bits = (part.numel for part in self.parts if part.kind == "bits")  # unpacked one by one
+        return 16 * self.count + max(bits, default=0)
 
     def described(self) -> dict[str, Any]:
         return {
@@ -238,12 +244,15 @@ def _declared_shape(name: Any, entry: Mapping[str, Any]) -> tuple[int, ...]:
         isinstance(shape, list)
         and len(shape) <= _MAX_RANK
         and all(map(_is_size, shape))
+        and _is_size(prod(shape) or prod(filter(None, shape)))  # torch multiplies beside a 0, too
+        and len(name) <= _MAX_NAME
         and name.isprintable()
         and name != SAMPLES
     ):
         raise ValueError(
             f"Tensor {clip(name)} is declared as {clip(entry)}; a printable name other than "
-            f"{SAMPLES}, and a shape of at most {_MAX_RANK} sizes, are accepted."
+            f"{SAMPLES}, of at most {_MAX_NAME:,} characters, and a shape of at most {_MAX_RANK} "
+            f"sizes and {_MAX_NUMEL:,} entries, are accepted."
         )
     return tuple(shape)
 

@@ -5,10 +5,12 @@ A file is accepted only when it is, byte for byte, what would be written for wha
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,7 +28,7 @@ from ird_search.artifact.container import (
     table_of,
 )
 from ird_search.artifact.contents import clip
-from ird_search.errors import ArtifactError, ModelError, ResourceError
+from ird_search.errors import ArtifactError, ModelError, ResourceError, out_of_memory
 
 F = TypeVar("F")
 Check = Callable[[Format[Any], Plan[Any], Mapping[str, Any]], None]
@@ -34,19 +36,14 @@ Check = Callable[[Format[Any], Plan[Any], Mapping[str, Any]], None]
 
 _MAX_HEADER = 16 * 2**20  # bytes
 _MAX_MARKS = 500_000  # of each of [ { , in a header: bounds what parsing it can cost
+_MAX_DEPTH = 100  # of what a writer adds: no walk through it comes to the end of the stack
 
 
 def read(path: str | os.PathLike[str], *forms: Format[F], check: Check | None = None) -> F:
     """A file of one of these formats from the disk, verified."""
-    places = [form.file_at(path) for form in forms]
-    place = next((p for p in places if p.is_file()), None)  # a pipe or device is never opened
-    if place is None:
-        noun = forms[0].noun
-        raise ArtifactError(
-            f"{places[0]}: there is no such file. Pass the path of a {noun} that save_{noun} "
-            f"wrote, or the directory that holds its {forms[0].file_name}."
-        )
+    place = Path(path)
     try:
+        place = _place(path, forms)
         with open(place, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             return read_stream(stream, size, *forms, path=place, check=check)
@@ -55,12 +52,37 @@ def read(path: str | os.PathLike[str], *forms: Format[F], check: Check | None = 
         raise ArtifactError(
             f"{place} cannot be read: {reason}. Check the file and its permissions."
         ) from error
-    except ModelError:
+    except (ModelError, ArtifactError):
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{place}: {error}") from error
 
 
+def _place(path: str | os.PathLike[str], forms: tuple[Format[Any], ...]) -> Path:
+    places = [form.file_at(path) for form in forms]
+    for place in places:
+        if place.is_file():  # a pipe or device is never opened
+            return place
+    noun = forms[0].noun
+    raise ArtifactError(
+        f"{places[0]}: there is no such file. Pass the path of a {noun} that save_{noun} "
+        f"wrote, or the directory that holds its {forms[0].file_name}."
+    )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """A header makes a million objects, and no cycle: looking for one would double its cost."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def read_stream(
     stream: BinaryIO,
     size: int,
@@ -72,33 +94,36 @@ def read_stream(
     raw, metadata, form, plan = _read_header(stream, size, forms)
     if check is not None:  # before the payload is expanded: a small file can name a huge space
         check(form, plan, metadata)
-    _check_memory(form, plan.count)
-    payload = stream.read()
-    if sha256(payload) != metadata.get("payload_sha256"):
-        raise ValueError(f"The stored tensors do not have the recorded hash. {AGAIN}")
-    data = raw + payload
+    # A fully selected tensor takes no room in the file, so a few bytes can stand for terabytes, as
+    # a file with holes can; and where memory is overcommitted, asking for them ends in a kill.
+    if 2 * size + plan.memory > _memory():
+        raise _too_large(form, plan, size)
     try:
+        data = raw + stream.read()
+        if sha256(memoryview(data)[len(raw) :]) != metadata.get("payload_sha256"):
+            raise ValueError(f"The stored tensors do not have the recorded hash. {AGAIN}")
         return plan.opened(path, sha256(data), metadata, safetensors.torch.load(data))
     except SafetensorError as error:
         raise ValueError(f"The safetensors library refuses the file: {error}. {AGAIN}") from error
     except (MemoryError, RuntimeError) as error:
-        raise _too_large(form, plan.count) from error
+        if not out_of_memory(error):
+            raise ValueError(f"torch refuses the file: {clip(str(error))}. {AGAIN}") from error
+        raise _too_large(form, plan, size) from error
 
 
-def _check_memory(form: Format[Any], count: int) -> None:
-    # A fully selected tensor takes no room in the file, so a few bytes can stand for terabytes; and
-    # where memory is overcommitted, asking for them succeeds and ends in a kill.
-    if hasattr(os, "sysconf"):  # POSIX
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if 8 * count > memory:
-            raise _too_large(form, count)
+def _memory() -> float:
+    """Bytes that this machine has."""
+    if not hasattr(os, "sysconf"):  # no POSIX
+        return float("inf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _too_large(form: Format[Any], count: int) -> ResourceError:
+def _too_large(form: Format[Any], plan: Plan[Any], size: int) -> ResourceError:
     return ResourceError(
-        f"The {form.noun} selects {count:,} parameters, which do not fit into memory at 8 bytes "
-        f"each. Load it on a machine with more memory; with load_{form.noun}(path, model), a "
-        f"{form.noun} of another model is refused before that."
+        f"The {form.noun} selects {plan.count:,} parameters in a file of {size:,} bytes, which do "
+        f"not fit into memory: reading it takes {(2 * size + plan.memory) / 1e9:,.1f} GB. Load it "
+        f"on a machine with more memory; with load_{form.noun}(path, model), a {form.noun} of "
+        "another model is refused before that."
     )
 
 
@@ -106,7 +131,7 @@ def _read_header(
     stream: BinaryIO, size: int, forms: tuple[Format[F], ...]
 ) -> tuple[bytes, dict[str, Any], Format[F], Plan[F]]:
     """The header's bytes and what they declare, verified, at a cost that no file can raise."""
-    prefix = stream.read(8)
+    prefix = stream.read(8) if size >= 8 else b""  # else a part of /proc, which may wait for ever
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
         if prefix.startswith((b"PK", b"\x80")):
@@ -127,8 +152,10 @@ def _read_header(
     form, text = _own_text(_parsed(raw), forms)
     metadata = _own_metadata(form, text)
     plan = form.declared(metadata)
-    if canonical({**metadata, **plan.described()}) != text:
+    described = plan.described()
+    if canonical({**metadata, **described}) != text:
         raise ValueError(f"The metadata contradicts itself or is not canonical JSON. {AGAIN}")
+    _check_depth({key: metadata[key] for key in metadata.keys() - described.keys()})
     table = table_of(plan.layouts())
     if prefix + raw != header_of(form, table, text):
         raise ValueError(f"The header does not list what its metadata declares. {AGAIN}")
@@ -152,6 +179,18 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"The header is no JSON object. {AGAIN}")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [x for part in parts for x in part if isinstance(x, (dict, list))]
+    if level:
+        raise ValueError(
+            f"The metadata nests deeper than {_MAX_DEPTH} levels. Flatten the provenance, or see "
+            "where the file comes from."
+        )
 
 
 def _own_text(header: Mapping[str, Any], forms: tuple[Format[F], ...]) -> tuple[Format[F], str]:
@@ -178,7 +217,9 @@ def _own_text(header: Mapping[str, Any], forms: tuple[Format[F], ...]) -> tuple[
 
 def _own_metadata(form: Format[Any], text: str) -> dict[str, Any]:
     """What the JSON text says, of a version that is known here."""
-    metadata = _parsed(text.encode(errors="replace"))
+    if not text.isascii():  # one other character can make Python keep all in four bytes each
+        raise ValueError(f"The metadata is not canonical JSON: it holds more than ASCII. {AGAIN}")
+    metadata = _parsed(text.encode())
     version = metadata.get("format_version")
     if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
         raise ValueError(f"format_version is {clip(version)}, not like {form.version}. {AGAIN}")

@@ -46,6 +46,9 @@ def mask_of(path: Path) -> MaskOf:
     return MaskOf(file.path, file.sha256, mask, file.provenance)
 
 
+MOST_CLASSES = 100_000
+"""A file may say anything; a model with more classes than this is not made on its word."""
+
 COMMON = ("base_model", "architecture", "weights_sha256", "fresh_parameters", "task", "head")
 
 
@@ -81,7 +84,7 @@ class Base:
         dtype = provenance.get("dtype", search.get("dtype"))
         return cls(
             name if isinstance(name, str) else None,
-            classes if isinstance(classes, int) else None,
+            classes if type(classes) is int and 0 < classes <= MOST_CLASSES else None,
             dtype if isinstance(dtype, str) else "auto",
             seed if isinstance(seed, int) else 0,
             architecture.startswith("Peft"),

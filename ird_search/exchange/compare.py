@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ird_search.artifact.contents import clip
 from ird_search.exchange.base import MaskOf, mask_of, part
 from ird_search.overlap import Overlap
 
@@ -36,7 +37,10 @@ class Comparison:
             for label, f in (("A", self.a), ("B", self.b))
         ]
         lines += [f"base weights: {base}"]
-        lines += [f"{what}: {a} in A, {b} in B" for what, a, b in self.differences]
+        lines += [
+            f"{clip(what, 40)}: {clip(a)} in A, {clip(b)} in B".replace('"', "")
+            for what, a, b in self.differences
+        ]
         return "\n".join([*lines, "", self.overlap.describe(shown=shown)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _OWN = {"ird_mask": "load_mask", "ird_delta": "load_delta"}
 """What reads the safetensors files of this package, by a key of their metadata."""
 
 _DATA_PARALLEL = "module."
+
+_MAX_TENSORS = 100_000
 
 
 def read_fish_mask(
@@ -160,11 +163,11 @@ def _unwrapped(tensors: dict[str, Tensor], model: nn.Module | None) -> dict[str,
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of a file, and the notes that safetensors keeps beside them."""
-    if not path.is_file():  # also keeps a pipe or a device from being opened
-        raise ArtifactError(f"{path}: there is no such file. Pass a file of tensors.")
     try:
+        if not path.is_file():  # also keeps a pipe or a device from being opened
+            raise ArtifactError(f"{path}: there is no such file. Pass a file of tensors.")
         with open(path, "rb") as stream:
-            start = stream.read(9)
+            start, size = stream.read(9), os.fstat(stream.fileno()).st_size
         # safetensors: eight bytes of length, then JSON. torch.save: a zip archive, or a pickle.
         is_json = start[8:] == b"{" and not start.startswith(b"PK")
         found, notes = _read_safetensors(path) if is_json else (_read_pickle(path), {})
@@ -172,6 +175,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions."
         ) from error
+    except ArtifactError:
+        raise
     except Exception as error:  # a damaged pickle can end in any exception
         raise ArtifactError(
             f"{path} is damaged, or holds more than tensors ({type(error).__name__}). A dict of "
@@ -182,17 +187,35 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise ArtifactError(f"{path} is a file of this package: read it with {own[0]}.")
     if problems := problems_with(found):
         raise ArtifactError(f"{path}: {problem}" for problem in problems)
+    if (entries := sum(t.numel() for t in found.values())) > 8 * size:
+        raise ArtifactError(
+            f"{path} declares {entries:,} entries in {size:,} bytes, by tensors that repeat stored "
+            "ones. Save them whole: name.contiguous()."
+        )
     return found, notes
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {}
+        if len(names := sorted(file.keys())) > _MAX_TENSORS:
+            raise ArtifactError(
+                f"{path} lists {len(names):,} tensors; at most {_MAX_TENSORS:,} are accepted."
+            )
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def _read_pickle(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)  # as torch.save writes since 1.6; the former cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ArtifactError(
+                    f"{path} is a compressed archive, which torch.save does not write, and which "
+                    "may hold far more than it seems to. Save the tensors again with torch.save."
+                )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a damaged file torch says what is for its developers
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import cast
 
 import torch
@@ -139,10 +140,10 @@ def _damage(place: Path) -> str:
             return f"{place} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it."
         load_peft_weights(str(place), device="cpu")
     except Exception as error:  # damaged JSON, safetensors and pickles can end in any exception
-        return (
-            f"{place} holds a damaged adapter ({type(error).__name__}: {error}). Copy or save it "
-            "anew."
-        )
+        told = type(error).__name__
+        if not isinstance(error, UnpicklingError):  # torch would tell how to run the pickle
+            told += f": {(str(error).splitlines() or [''])[0]}"
+        return f"{place} holds a damaged adapter ({told}). Copy or save it anew."
     return ""
 
 
