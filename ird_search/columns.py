@@ -40,8 +40,17 @@ IMAGES = ("image", "img", "picture", "photo")
 ENCODED = ("input_ids", "pixel_values", "input_values", "input_features", POSITIONAL)
 """Columns whose presence says that the rows are model inputs already."""
 
+SHOWN = 20
+"""Columns that a message lists."""
+
 HEAD_ROWS = 64
 """Rows looked at to tell what a column holds."""
+
+MANY_CLASSES = 1000
+"""So many classes may be read off the largest class id; more of them need as many rows."""
+
+FEW = 0.1
+"""Fewer labels than this with a fraction are slips among class ids, and no regression."""
 
 
 def names_of(rows: Rows) -> tuple[str, ...]:
@@ -78,7 +87,7 @@ def name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: s
     asked = [*text, *([label] if label is not None else [])]
     if unknown := [name for name in asked if name not in columns]:
         raise DataError(
-            f"{origin} has no column {name!r}; its columns are {', '.join(columns)}."
+            f"{origin} has no column {name!r}; its columns are {listed(columns)}."
             f"{nearest(name, columns)}"
             for name in unknown
         )
@@ -109,7 +118,7 @@ def _text_columns(
     origin: str,
 ) -> tuple[str, ...]:
     """By name first, then the string columns if there are exactly one or two."""
-    known = {name.lower(): name for name in rest}
+    known = {_plain(name): name for name in rest}
     groups = (
         ((COMPLETION,) if label is None else ()) + TEXT_PAIRS + tuple((s,) for s in TEXT_SINGLES)
     )
@@ -121,7 +130,7 @@ def _text_columns(
         return strings
     raise DataError(
         f"Which column of {origin} holds the text cannot be told; its columns are "
-        f"{', '.join(columns)}. Name one, or the two of a pair, with text_columns "
+        f"{listed(columns)}. Name one, or the two of a pair, with text_columns "
         "(--text-column)."
     )
 
@@ -134,8 +143,19 @@ def _image_column(rest: list[str], first: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _plain(name: str) -> str:
+    """A column's name as it is looked for: `text, Label` has spaces and capitals."""
+    return name.strip().lower()
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Names for a message; the first of them where there are many."""
+    more = f" and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else ""
+    return f"{', '.join(columns[:SHOWN])}{more}"
+
+
 def _by_name(columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str]) -> str | None:
-    known = {name.lower(): name for name in columns if name not in barred}
+    known = {_plain(name): name for name in columns if name not in barred}
     return next((known[name] for name in wanted if name in known), None)
 
 
@@ -176,14 +196,22 @@ def label_kind(rows: Rows, columns: Columns) -> tuple[tuple[str, ...] | None, Ki
     if isinstance(feature := features.get(columns.label), datasets.ClassLabel) and feature.names:
         return tuple(feature.names), whole, len(feature.names)
     values = [plain_label(value) for value in values_of(rows, columns.label)]
-    if any(isinstance(value, list) for value in values):
+    if columns.inputs and any(isinstance(value, list) for value in values):
         return None, "causal-lm", None
-    if strings := {value for value in values if isinstance(value, str) and value}:
-        return tuple(sorted(strings)), whole, len(strings)
-    numbers = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
-    if any(value != int(value) for value in numbers):
+    strings = [value for value in values if isinstance(value, str) and value]
+    numbers = [v for v in values if is_number(v)]
+    if len(strings) > len(numbers):
+        names = tuple(sorted(set(strings)))
+        return names, whole, max(2, len(names))
+    if sum(value != int(value) for value in numbers) > FEW * len(numbers):
         return None, "regression", None
-    return None, whole, max([2, *(int(v) + 1 for v in numbers)])
+    most = max(MANY_CLASSES, len(values))  # a stray 10⁹ must not make a head of as many classes
+    return None, whole, max([2, *(int(v) + 1 for v in numbers if v < most)])
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, and neither NaN nor infinite; any whole number is one."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def plain_label(value: Any) -> Any:

@@ -19,7 +19,10 @@ from ird_search.row_problems import RowProblems
 from ird_search.samples import SampleSet
 from ird_search.sources import Source
 from ird_search.task import POSITIONAL
-from ird_search.values import as_tensor, attended, is_tokens
+from ird_search.values import as_tensor, attended, is_tokens, told
+
+LONG = 100_000
+"""Characters of a text that are tokenised first, to tell one that is far too long at once."""
 
 
 def encode(
@@ -33,6 +36,7 @@ def encode(
     max_length: int | None = None,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    segments: int | None = None,
     pad_id: int | None = None,
 ) -> SampleSet:
     """Tokenise a source, map its labels, and check every row.
@@ -48,6 +52,7 @@ def encode(
         max_length: cut samples to so many tokens.
         max_positions: the longest sample the model takes.
         vocab_size: number of token ids of the model.
+        segments: number of its `token_type_ids`.
         pad_id: token id that fills a batch; the tokenizer's own by default, then its end of text.
 
     A language model learns all tokens of its text; of two columns, the first is a prompt that
@@ -64,11 +69,14 @@ def encode(
     """
     kind = source.kind if task == "auto" else task
     _check_settings(kind, max_length, max_positions)
-    problems = RowProblems(source)
-    rows, starts = _model_inputs(source, kind, processor, max_length, problems)
+    problems = RowProblems(source.origin, source.ids)
+    most = None if max_length is not None else max_positions
+    rows, starts = _model_inputs(source, kind, processor, max_length, most, problems)
     inputs = [_tensors(row, i, max_length, problems) for i, row in enumerate(rows)]
     if kind == "causal-lm":
-        labels: tuple[Tensor, ...] | Tensor = token_labels(source, inputs, starts, problems)
+        labels: tuple[Tensor, ...] | Tensor = token_labels(
+            source, inputs, starts, vocab_size, problems
+        )
         names = None
     elif kind == "regression":
         labels, names = number_labels(source, problems), None
@@ -78,6 +86,7 @@ def encode(
         names = names or source.label_names
     _check_shapes(inputs, problems)
     _check_tokens(inputs, max_positions, vocab_size, problems)
+    _check_beside(inputs, {"token_type_ids": segments, "position_ids": max_positions}, problems)
     problems.raise_any()
     if "input_ids" in inputs[0] and (processor is not None or pad_id is not None):
         inputs = [{**row, "attention_mask": attended(row)} for row in inputs]
@@ -108,9 +117,18 @@ def _check_settings(kind: str, max_length: int | None, max_positions: int | None
 
 
 def _model_inputs(
-    source: Source, kind: str, processor: Any, max_length: int | None, problems: RowProblems
+    source: Source,
+    kind: str,
+    processor: Any,
+    max_length: int | None,
+    most: int | None,
+    problems: RowProblems,
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Each row's inputs, and the first position that a language model is to predict."""
+    """Each row's inputs, and the first position that a language model is to predict.
+
+    Args:
+        most: tokens that a text may have, where it is not cut.
+    """
     if source.tokenised:
         columns = {name: source.column(name) for name in source.input_columns}
         return _rows(columns), [0] * len(source)
@@ -122,6 +140,11 @@ def _model_inputs(
             source
         )
     texts = [_texts(source, name, problems) for name in source.text_columns]
+    if most is not None:
+        for column in texts:
+            _drop_far_too_long(column, processor, most, problems)
+    if not problems.rows and not any(text.strip() for column in texts for text in column):
+        problems.whole.append(f"All texts of {source.origin} are empty.")
     if kind == "causal-lm" and len(texts) == 2:
         return _read_prompts(texts[0], texts[1], processor, max_length)
     return _rows(_tokenise(processor, texts, max_length)), [0] * len(source)
@@ -139,9 +162,35 @@ def _texts(source: Source, name: str, problems: RowProblems) -> list[str]:
         if value is None:
             problems.add(i, f"the text in {name!r} is missing")
         elif not isinstance(value, str):
-            problems.add(i, f"{name!r} is {value!r} ({type(value).__name__}), not text")
+            problems.add(i, f"{name!r} is {told(value)} ({type(value).__name__}), not text")
+        elif not _is_unicode(value):
+            problems.add(i, f"{name!r} is {told(value)}, which has half of a surrogate pair")
     # a bad row goes on as an empty text, so that the other rows are checked to the end
-    return [value if isinstance(value, str) else "" for value in values]
+    return [v if isinstance(v, str) and _is_unicode(v) else "" for v in values]
+
+
+def _drop_far_too_long(texts: list[str], processor: Any, most: int, problems: RowProblems) -> None:
+    """Tell texts whose beginning alone has twice the tokens; the rest of them takes seconds."""
+    for i, text in enumerate(texts):
+        if len(text) > LONG:
+            (tokens,) = _tokenise(processor, [[text[:LONG]]], None)["input_ids"]
+            if len(tokens) > 2 * most:
+                problems.add(i, f"more than {_too_long(len(tokens), most)}")
+                texts[i] = ""
+
+
+def _too_long(count: int, most: int) -> str:
+    cure = f"max_length={most} (--max-length {most}) cuts"
+    return f"{count} tokens, but the model takes {most}; {cure}"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON's escapes can make one that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tokenise(
@@ -199,11 +248,9 @@ def _tensors(
     found = {}
     for name, value in row.items():
         try:
-            if value is None:
-                raise TypeError("it is missing")
             found[name] = as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            problems.add(i, f"{name!r} is no tensor: {error}")
+            problems.add(i, f"{name!r} cannot be used: {error}")
             found[name] = torch.zeros(0)
     tokens = found.get("input_ids", found.get(POSITIONAL))
     if max_length is not None and tokens is not None and is_tokens(tokens):
@@ -220,7 +267,7 @@ def _padding(processor: Any, pad_id: int | None) -> dict[str, int | float]:
     return {"input_ids": token, "token_type_ids": getattr(processor, "pad_token_type_id", 0)}
 
 
-# --- labels -------------------------------------------------------------------------------------
+# --- checks of tensors --------------------------------------------------------------------------
 
 
 def _check_shapes(inputs: Sequence[Mapping[str, Tensor]], problems: RowProblems) -> None:
@@ -247,19 +294,16 @@ def _check_tokens(
 ) -> None:
     for i, row in enumerate(inputs):
         tokens = row.get("input_ids")
-        if tokens is None or not len(tokens):
-            if tokens is not None:
-                problems.add(i, "no token came (an empty text, and a tokenizer that adds none?)")
+        if tokens is None:
+            continue
+        if not tokens.numel():
+            problems.add(i, "no token came (an empty text, and a tokenizer that adds none?)")
             continue
         if not is_tokens(tokens):
             problems.add(i, f"'input_ids' is {tokens.dtype} {list(tokens.shape)}, not token ids")
             continue
         if max_positions is not None and len(tokens) > max_positions:
-            problems.add(
-                i,
-                f"{len(tokens)} tokens, but the model takes {max_positions}; "
-                f"max_length={max_positions} (--max-length {max_positions}) cuts",
-            )
+            problems.add(i, _too_long(len(tokens), max_positions))
         low, high = (int(v) for v in torch.aminmax(tokens))
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             known = f"0 to {vocab_size - 1}" if vocab_size is not None else "0 and above"
@@ -268,3 +312,32 @@ def _check_tokens(
                 f"token id {low if low < 0 else high} is out of range, the model knows {known}; "
                 "does the tokenizer belong to this model?",
             )
+
+
+def _check_beside(
+    inputs: Sequence[Mapping[str, Tensor]], limits: Mapping[str, int | None], problems: RowProblems
+) -> None:
+    """What comes beside the tokens: one number for each of them, and one that the model knows."""
+    for i, row in enumerate(inputs):
+        tokens = row.get("input_ids")
+        if tokens is None or not is_tokens(tokens):
+            continue
+        for name in ("attention_mask", *limits):
+            t = row.get(name)
+            if t is None or t.ndim != 1 or not t.numel():
+                continue  # a mask may be a square; one that is not there is told already
+            if len(t) != len(tokens):
+                problems.add(i, f"{name!r} holds {len(t)} numbers for {len(tokens)} tokens")
+            elif name == "attention_mask":
+                if not bool(((t == 0) | (t == 1)).all() and t.any()):
+                    problems.add(i, "'attention_mask' must hold 0 and 1, and at least one 1")
+            elif problem := _range_problem(t, limits[name]):
+                problems.add(i, f"{name!r} {problem}")
+
+
+def _range_problem(t: Tensor, count: int | None) -> str:
+    low, high = (int(v) for v in torch.aminmax(t))
+    if low >= 0 and (count is None or high < count):
+        return ""
+    known = f"0 to {count - 1}" if count is not None else "0 and above"
+    return f"holds {low if low < 0 else high}, out of range: the model knows {known}"

@@ -8,10 +8,12 @@ random state, so an unseeded one would differ from run to run.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from ird_search.borrow import random_state_kept, unwrapped
 from ird_search.errors import ModelError, UsageError, nearest
 from ird_search.sources import Source
+from ird_search.values import told
 
 LOADERS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -41,7 +44,15 @@ DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfl
 SHOWN = 10
 """Tensors that a message lists."""
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +202,12 @@ def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
     return (positions if positions and positions > 0 else None), vocabulary
 
 
+def segments_of(model: nn.Module) -> int | None:
+    """Number of `token_type_ids` that the model knows; `None` where that cannot be told."""
+    tables = (m for name, m in model.named_modules() if name.endswith("token_type_embeddings"))
+    return getattr(next(tables, None), "num_embeddings", None)
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuse weights that are not there or not finite.
 
@@ -217,8 +234,13 @@ def check_weights(model: nn.Module) -> None:
 
 def _place(model: str | Path) -> str:
     """A directory or a hub id, after what can be told without loading."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not allowed, a home that is unknown
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ModelError(f"{told(str(model))} cannot be used: {reason}.") from error
+    if is_directory:
         if (path / "adapter_config.json").exists():
             raise ModelError(
                 f"{model} holds a PEFT adapter, not a whole model. Load it in Python with "
@@ -230,10 +252,8 @@ def _place(model: str | Path) -> str:
             )
         return str(path)
     looks_local = isinstance(model, Path) or path.is_absolute() or str(model).startswith((".", "~"))
-    if looks_local or str(model).count("/") > 1 or path.exists():
-        kind = (
-            "is a file; a directory or a hub id is accepted" if path.exists() else "does not exist"
-        )
+    if looks_local or str(model).count("/") > 1 or there:
+        kind = "is a file; a directory or a hub id is accepted" if there else "does not exist"
         raise ModelError(f"{model} {kind}.")
     return str(model)
 
@@ -256,7 +276,7 @@ def _load(
             **where,
         )
     except LOAD_ERRORS as error:
-        raise ModelError(_why(name, error)) from error
+        raise ModelError(_why(name, error, task)) from error
     replaced = {key[0] for key in report["mismatched_keys"]}
     parameters = dict(model.named_parameters())
     fresh = {*report["missing_keys"], *replaced} & parameters.keys()
@@ -282,7 +302,7 @@ def _head_settings(config: Any, task: str, num_labels: int | None) -> dict[str, 
     return {"num_labels": num_labels}
 
 
-def _why(name: str, error: BaseException) -> str:
+def _why(name: str, error: BaseException, task: str) -> str:
     """A loading error in plain words."""
     text = str(error).strip() or type(error).__name__
     if "connect" in text or "offline mode" in text:
@@ -292,7 +312,13 @@ def _why(name: str, error: BaseException) -> str:
         )
     if "trust_remote_code" in text:
         return f"{name!r} needs code from its repository, which is never run here."
-    if "safetensors" in text and "file named" in text:
+    if "Unrecognized configuration class" in text:
+        kind = re.search(r"\w+Config", text)
+        return (
+            f"{name!r} ({kind[0] if kind else 'its config'}) is no model for the task {task!r}, "
+            "which the data suggest. Pass another model, or name the task (--task)."
+        )
+    if isinstance(error, UnpicklingError) or ("safetensors" in text and "file named" in text):
         return (
             f"{name!r} holds no model.safetensors. Pickled weights can run code and are not read: "
             "save the model again with save_pretrained."

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ird_search.artifact import weights_sha256
+from ird_search.borrow import borrowed
 from ird_search.columns import IDS
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.devices import resolve_device
 from ird_search.encoding import encode
-from ird_search.errors import DataError, UsageError
+from ird_search.errors import DataError, IRDError, UsageError, out_of_memory
 from ird_search.models import (
     LoadedModel,
     check_weights,
@@ -29,13 +30,14 @@ from ird_search.models import (
     limits_of,
     load_model,
     num_labels_of,
+    segments_of,
 )
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
 from ird_search.sources import Source, read_source, read_validation, splits_of
-from ird_search.task import Task, make_task
+from ird_search.task import Classification, Task, logits_of, make_task
 
 HELD_OUT_SHARE = 0.25
 """At most this share of the data is held out where no evaluation data was given."""
@@ -151,6 +153,7 @@ def encode_for(
         max_length=options.max_length,
         max_positions=positions,
         vocab_size=vocabulary,
+        segments=segments_of(loaded.model),
         pad_id=loaded.pad_id,
     )
 
@@ -196,8 +199,10 @@ def make_problem(
     )
     _check_settings(task, space, samples, config)
     device = resolve_device(config.device)
+    model = loaded.model.to(device)
+    _check_fit(model, task, samples, source, device)
     return Problem(
-        model=loaded.model.to(device),
+        model=model,
         task=task,
         space=space,
         head=head,
@@ -211,7 +216,8 @@ def make_problem(
 
 def _refuse_unread_columns(source: Source) -> None:
     """Text without a label is for a language model, unless a column is left that may be one."""
-    unread = [c for c in source.columns if c not in (*source.text_columns, *source.input_columns)]
+    read = (*source.text_columns, *source.input_columns, source.label_column)
+    unread = [c for c in source.columns if c not in read]
     if unread := [c for c in unread if c.lower() not in IDS]:
         raise DataError(
             f"No label column was found in {source.origin}: the columns are "
@@ -251,7 +257,8 @@ def _hold_out(samples: SampleSet, config: SearchConfig) -> tuple[SampleSet, Samp
 def _halves(held: SampleSet, config: SearchConfig) -> tuple[SampleSet, SampleSet]:
     if len(held) < 4:
         raise DataError(
-            f"{len(held)} samples are held out for evaluation; at least 4 are needed: one half "
+            f"{len(held)} sample{'s are' if len(held) != 1 else ' is'} held out for evaluation; "
+            "at least 4 are needed: one half "
             "chooses, the other gives the verdict. Pass eval_data (--eval-data), or at least 16 "
             "samples of data."
         )
@@ -285,6 +292,32 @@ def _check_settings(
         )
     if problems:
         raise UsageError(problems)
+
+
+def _check_fit(
+    model: nn.Module, task: Task, samples: SampleSet, source: Source, device: torch.device
+) -> None:
+    """One sample through the model, so that a shape it cannot take is told before any work.
+
+    Raises:
+        DataError: the model raises, or knows fewer classes than the labels.
+    """
+    batch = samples.batch([0], device)
+    row = f"{source.origin}, row {int(samples.ids[0])} (counting from 0)"
+    try:
+        with borrowed(model), torch.no_grad():
+            logits = logits_of(model.eval(), batch.inputs)
+            task.log_likelihood(logits, batch.labels)
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, IRDError) or out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{row}: the model cannot take this sample: {reason}") from error
+    if isinstance(task, Classification) and logits.shape[-1] < task.num_labels:
+        raise DataError(
+            f"The labels of {source.origin} are {task.num_labels} classes, and the model has "
+            f"{logits.shape[-1]} logits."
+        )
 
 
 def _provenance(

@@ -1,19 +1,25 @@
-"""`RowProblems`: everything that is wrong with a source's rows, told at once."""
+"""`RowProblems`: everything that is wrong with the rows of one source, told at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ird_search.errors import DataError
-from ird_search.sources import Source
 
 SHOWN = 10
 """Bad rows that a message lists."""
 
 
 class RowProblems:
-    """What is wrong with the rows, gathered so that all of it is told at once."""
+    """What is wrong with the rows, gathered so that all of it is told at once.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    Args:
+        origin: where the rows came from.
+        ids: the number of each row there; its position by default.
+    """
+
+    def __init__(self, origin: str, ids: Sequence[int] | None = None) -> None:
+        self.origin, self.ids = origin, ids
         self.whole: list[str] = []
         self.rows: dict[int, str] = {}
 
@@ -24,14 +30,15 @@ class RowProblems:
     def raise_any(self) -> None:
         if not self.rows and not self.whole:
             return
-        lines = [f"row {self.source.ids[row]}: {self.rows[row]}" for row in sorted(self.rows)]
+        numbers = {row: row if self.ids is None else self.ids[row] for row in sorted(self.rows)}
+        lines = [f"row {number}: {self.rows[row]}" for row, number in numbers.items()]
         if len(lines) == 1:
-            told = [f"{self.source.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
+            told = [f"{self.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
         elif lines:
             shown = lines[:SHOWN] + (
                 [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             )
-            head = f"{len(lines)} rows of {self.source.origin} cannot be used (counting from 0):"
+            head = f"{len(lines)} rows of {self.origin} cannot be used (counting from 0):"
             told = ["\n    ".join([head, *shown])]
         else:
             told = []

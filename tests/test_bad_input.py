@@ -97,7 +97,7 @@ def test_a_missing_file(run: Any, place: Path, tmp_path: Path) -> None:
         ("header.csv", "text,label\n", "header.csv has no rows."),
         ("none.jsonl", "\n\n", "none.jsonl is empty."),
         ("torn.jsonl", '{"text": "a", "label": 1}\n{"text": ', "torn.jsonl could not be read as"),
-        ("list.json", "[1, 2]", "row 0 (counting from 0) is a int"),
+        ("list.json", "[1]", "row 0 (counting from 0): a int came"),
         ("odd.txt", "a\n", "is of no accepted format; accepted are .csv, .tsv, .json"),
     ],
 )

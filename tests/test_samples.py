@@ -423,12 +423,16 @@ def told(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
             "a film",
             ["a.txt is of no accepted format", ".csv, .tsv, .json, .jsonl, .parquet"],
         ),
-        ("a.csv", "text,label\na,b,c\n", ["could not be read as csv", "Expected 2 columns, got 3"]),
-        ("a.csv", b"text,label\n\xff\xfe,1\n", ["could not be read as csv"]),
+        (
+            "a.csv",
+            "text,label\na,b,c\n",
+            ["a.csv, row 0 (counting from 0)", "header has 2 fields", "row 3"],
+        ),
+        ("a.csv", b"text,label\n\xff\xfe,1\n", ["row 0", "'text' is not UTF-8 text"]),
         ("a.parquet", "no parquet at all", ["could not be read as parquet"]),
         ("a.json", '[{"text": "a",]', ["could not be read as JSON", "line 1"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"te', ["line 2", "one object a line"]),
-        ("a.json", '[{"text": "a"}, 3]', ["must hold objects", "row 1 (counting from 0) is a int"]),
+        ("a.json", '[{"text": "a"}, 3]', ["row 1 (counting from 0): a int came", "an object"]),
     ],
 )
 def test_files_that_cannot_be_read(
@@ -500,7 +504,7 @@ def bad_row(row: int, **changes: Any) -> list[dict[str, Any]]:
         (
             bad_row(1, label="one"),
             {},
-            ["5 rows", "row 0: the label 1 is a number, where other labels are text"],
+            ["row 1 (counting from 0): the label 'one' is text, where most labels are numbers"],
         ),
         (
             bad_row(1, label=0.5),
@@ -509,7 +513,7 @@ def bad_row(row: int, **changes: Any) -> list[dict[str, Any]]:
         ),
         (bad_row(1, label=float("inf")), {}, ["the label inf is not a whole number"]),
         (bad_row(1, label=[0, 1]), {"task": "classification"}, ["the label is a list of 2"]),
-        (bad_row(1, label="x"), {"task": "regression"}, ["row 1", "'x' is not a finite number"]),
+        (bad_row(1, label="x"), {"task": "regression"}, ["row 1", "the label 'x' is text"]),
         (bad_row(1, label=float("inf")), {"task": "regression"}, ["inf is not a finite number"]),
         (bad_row(3, text=None), {}, ["row 3 (counting from 0): the text in 'text' is missing"]),
         (bad_row(3, text=5), {}, ["row 3 (counting from 0): 'text' is 5 (int), not text"]),
