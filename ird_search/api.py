@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -247,7 +248,7 @@ def _name(thing: Any) -> str | None:
     if thing is None:
         return None
     if isinstance(thing, (str, Path)):
-        return str(Path(thing).absolute() if Path(thing).exists() else thing)
+        return os.path.abspath(thing) if os.path.exists(thing) else str(thing)
     return f"<{type(thing).__name__}>"
 
 

@@ -79,7 +79,7 @@ def guarded(
             _end(f"Interrupted. {goes_on(**kwargs)}", 128 + signal.SIGINT)
         except _Terminated:
             _end(f"Terminated. {goes_on(**kwargs)}", 128 + signal.SIGTERM)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             if not out_of_memory(error):
                 raise
             smaller = "Lower --batch-size, --fisher-tokens or --cache-mb." * bool(goes_on(**kwargs))

@@ -6,7 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can('|no)t allocate memory|failed to map segment", re.IGNORECASE
+)
 
 
 class IRDError(Exception):
@@ -69,9 +71,10 @@ class ResourceError(IRDError, RuntimeError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's own error, or what torch says on a GPU or on the CPU."""
+    """Whether memory ran out: Python's own error, or what torch, the system or its loader say."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+        isinstance(error, (RuntimeError, OSError, ImportError))
+        and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 

@@ -1,8 +1,9 @@
 """The ledger: finished units of work, each under the hash of what went into it.
 
-A unit is one proxy, one narrowing, one chunk of a long Fisher pass, or the warmed-up head. What is
-in the ledger is not done again: a run that was interrupted goes on where it stopped, two candidates
-with one mask cost one fine-tune, and several processes share the work of one run.
+A unit is one proxy, one narrowing, one chunk of a long Fisher pass, the warmed-up head, or the
+check of the samples. What is in the ledger is not done again: a run that was interrupted goes on
+where it stopped, two candidates with one mask cost one fine-tune, and several processes share the
+work of one run.
 
     <kind>-<key>.json           the result, with its own hash and that of the tensors
     <kind>-<key>.safetensors    the tensors of a unit that has some, written before the former
@@ -28,7 +29,7 @@ from torch import Tensor
 from ird_search.crash import crash_point
 from ird_search.files import make_directory, write_atomically
 
-Kind = Literal["proxy", "narrowing", "fisher", "head"]
+Kind = Literal["proxy", "narrowing", "fisher", "head", "check"]
 
 POLL = 0.02
 """Seconds between two looks at what other processes have finished."""

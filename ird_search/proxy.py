@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.config import SearchConfig
-from ird_search.errors import IRDError, ModelError, NoProxySucceeded, out_of_memory
+from ird_search.errors import ModelError, NoProxySucceeded, out_of_memory
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Job, Ledger, Unit, unit_key
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
-from ird_search.samples import SampleSet
+from ird_search.samples import Batch, SampleSet, require_few
+from ird_search.scoring import scoring_steps
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
 from ird_search.task import Task, logits_of
@@ -160,18 +161,35 @@ def evaluate(
     """Log-likelihoods and metrics in evaluation mode, samples in their own order."""
     losses = torch.empty(len(samples), dtype=torch.float64)
     summaries: dict[int, Tensor] = {}
-    with evaluation_mode(model):
-        # A language model gives a vocabulary of logits for each token.
-        tokens = EVAL_TOKENS if isinstance(samples.labels, Tensor) else EVAL_TOKENS // 16
-        for batch in samples.length_batches(torch.arange(len(samples)), tokens=tokens):
-            there = batch.to(device)
-            logits = logits_of(model, there.inputs)
-            losses[batch.rows] = -task.log_likelihood(logits, there.labels).cpu().double()
-            summary = task.summary(logits, there.labels).float().cpu()
-            summaries |= dict(zip(batch.rows.tolist(), summary, strict=True))
+    for batch, logits in _answers(model, samples, device):
+        losses[batch.rows] = -task.log_likelihood(logits, batch.labels).cpu().double()
+        summary = task.summary(logits, batch.labels).float().cpu()
+        summaries |= dict(zip(batch.rows.tolist(), summary, strict=True))
     summary = torch.stack([summaries[i] for i in range(len(samples))])
     gold = samples.labels if isinstance(samples.labels, Tensor) else torch.empty(0)
     return Evaluation(losses, task.metrics(summary, gold))
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module, task: Task, samples: SampleSet, *, device: torch.device
+) -> Tensor:
+    """log p(yᵢ | xᵢ; θ) in evaluation mode, float64 [N]."""
+    found = torch.empty(len(samples), dtype=torch.float64)
+    for batch, logits in _answers(model, samples, device):
+        found[batch.rows] = task.log_likelihood(logits, batch.labels).cpu().double()
+    return found
+
+
+def _answers(
+    model: nn.Module, samples: SampleSet, device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch on the device, its logits), samples of like length together."""
+    with evaluation_mode(model):
+        # A language model gives a vocabulary of logits for each token.
+        tokens = EVAL_TOKENS if isinstance(samples.labels, Tensor) else EVAL_TOKENS // 16
+        for batch in samples.length_batches(tokens=tokens, device=device):
+            yield batch, logits_of(model, batch.inputs)
 
 
 @contextmanager
@@ -204,7 +222,63 @@ class Proxies:
         self.on_trial = on_trial
         self.start = "cold"
         """Names the weights that every fine-tune starts from."""
+        self.left_out: dict[str, list[int]] = {}
+        """Ids of samples without a finite log-likelihood, by what they were for; see `check`."""
+        self.sets = {"choose": problem.choose, "verdict": problem.verdict}
+        self._bad = torch.empty(0, dtype=torch.int64)
         self._told: set[str] = set()
+
+    def check(self) -> None:
+        """Look at each sample that a fine-tune will see, and leave out what is not finite.
+
+        Weights are finite, so a log-likelihood that is not is the sample's fault; one such sample
+        would make every fine-tune fail.
+
+        Raises:
+            DataError: more than 1% of the samples of one kind; their rows are listed.
+        """
+        p, c = self.problem, self.config
+        drawn = torch.cat([torch.cat(self._batches(*order)) for order in self._orders()]).unique()
+        looked_at = {"training": p.train.select(drawn), "choose": p.choose, "verdict": p.verdict}
+
+        def looked() -> Unit:
+            found = {
+                name: (~log_likelihoods(p.model, p.task, samples, device=p.device).isfinite())
+                for name, samples in looked_at.items()
+            }
+            return Unit({name: bad.nonzero().flatten().tolist() for name, bad in found.items()})
+
+        orders = [c.proxy_steps, c.warmup_steps, c.batch_size, c.seeds, c.seed]
+        key = unit_key({"check": orders, "problem": p.fingerprint})
+        (unit,) = self.ledger.finish([Job("check", key, looked)])
+        bad = {name: torch.tensor(at, dtype=torch.int64) for name, at in unit.result.items()}
+        for name, samples in looked_at.items():
+            if bad[name].numel():
+                self.left_out[name] = samples.ids[bad[name]].tolist()
+                require_few(self.left_out[name], len(samples), f"{name} samples")
+        self._bad = drawn[bad["training"]]
+        for name in ("choose", "verdict"):
+            kept = torch.ones(len(looked_at[name]), dtype=torch.bool)
+            kept[bad[name]] = False
+            self.sets[name] = looked_at[name].select(kept.nonzero().flatten())
+
+    def _orders(self) -> list[tuple[int, int]]:
+        """(seed, steps) of all fine-tunes."""
+        c, p = self.config, self.problem
+        orders = [(derive(c.seed, "batches", s), c.proxy_steps) for s in range(c.seeds + 1)]
+        orders.append((derive(c.seed, "warm-up"), c.warmup_steps))
+        orders.append(
+            (derive(c.seed, "scoring point"), scoring_steps(c.scoring_steps, p.model, p.space))
+        )
+        return [order for order in orders if order[1]]
+
+    def _batches(self, seed: int, steps: int) -> list[Tensor]:
+        """The rows of each step, without those that are left out."""
+        size = self.config.batch_size
+        batches = training_batches(self.problem.train, steps, size=size, seed=derive(seed, "order"))
+        if not self._bad.numel():
+            return batches
+        return [b for batch in batches if (b := batch[~torch.isin(batch, self._bad)]).numel()]
 
     def warm_up(self) -> ProxyScore:
         """Train the head alone for a few steps, for good, at the rate that is best for it.
@@ -229,6 +303,8 @@ class Proxies:
             try:
                 self._train(self.head_only(), cold.best.rate, seed, c.warmup_steps)
                 return Unit({}, before.now().tensors())
+            except Diverged as problem:
+                raise NoProxySucceeded(f"The warm-up of the head: {problem}") from problem
             finally:
                 before.restore()
 
@@ -351,10 +427,10 @@ class Proxies:
         try:
             order = derive(self.config.seed, "batches", attempt.seed)
             self._train(candidate, attempt.rate, order, self.config.proxy_steps)
-            samples = p.verdict if attempt.verdict else p.choose
+            samples = self.sets["verdict" if attempt.verdict else "choose"]
             found = evaluate(p.model, p.task, samples, device=p.device)
             return self._trial(attempt, found, time.perf_counter() - began)
-        except (IRDError, RuntimeError) as problem:
+        except Exception as problem:  # whatever a model raises
             if out_of_memory(problem):
                 raise
             seconds = time.perf_counter() - began
@@ -382,7 +458,7 @@ class Proxies:
         dense = self._dense(candidate)
         if not dense and not candidate.mask.count:
             return
-        batches = training_batches(p.train, steps, size=c.batch_size, seed=derive(seed, "order"))
+        batches = self._batches(seed, steps)
         torch.manual_seed(derive(seed, "dropout"))
         with trainable_only(p.model, candidate.mask, dense=dense):
             optimizer: torch.optim.Optimizer

@@ -176,6 +176,7 @@ class Run:
 
     def _searched(self) -> tuple[Narrowings, SearchState, Verdict]:
         """All units of a run, in the one order that every process of it goes through."""
+        self.proxies.check()
         self.proxies.warm_up()
         narrowings = self._narrowings()
         state = self._search(narrowings)
@@ -285,6 +286,12 @@ class Run:
                 f"{len(memory.excluded)} of {len(self.pool)} pool samples were left out: "
                 "their log-likelihood or gradient is not finite."
             )
+        for name, ids in self.proxies.left_out.items():
+            listed = ", ".join(map(str, ids[:10])) + " …" * (len(ids) > 10)
+            notes.append(
+                f"{len(ids)} {name} samples were left out: their log-likelihood is not finite. "
+                f"Rows (counting from 0): {listed}."
+            )
         return notes
 
     def _told(self, done: Unit) -> None:
@@ -315,6 +322,7 @@ class Run:
                 "excluded_samples": self.pool.ids[list(memory.excluded)].tolist(),
             },
             "notes": self._notes(winner, memory),
+            **({"left_out": self.proxies.left_out} if self.proxies.left_out else {}),
             "search": {
                 k: v for k, v in self.config.to_dict().items() if k not in BESIDE_THE_RESULT
             },

@@ -12,7 +12,9 @@ mask.safetensors  the mask, written last: a directory that holds it is finished
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -122,19 +124,19 @@ class RunDirectory:
         Raises:
             UsageError: model or data changed since the run was interrupted.
         """
-        now = {"about": dict(about), "versions": dict(versions)}
-        before = _read_json(self.path / ABOUT)
-        if before is None:
-            self.write(ABOUT, json.dumps(now, indent=1, ensure_ascii=False))
+        before = _sealed(self.path / ABOUT)
+        if before is None:  # a damaged one too: what it guards is checked unit by unit as well
+            now = {"about": dict(about), "versions": dict(versions)}
+            self.write(ABOUT, json.dumps({**now, "sha256": _sum(now)}, indent=1))
             return []
-        changed = _differences(before.get("about", {}), about)
+        changed = _differences(before["about"], about)
         if changed:
             raise UsageError(
                 f"What the unfinished run in {self.path} works on has changed: {changed}. Put it "
                 "back and go on; or begin anew with fresh=True (--fresh), which drops what is "
                 "finished; or choose another directory."
             )
-        others = _differences(before.get("versions", {}), versions)
+        others = _differences(before["versions"], versions)
         return [f"The run began with other versions: {others}. Last digits may differ."] * bool(
             others
         )
@@ -148,12 +150,18 @@ class RunDirectory:
         Raises:
             UsageError: it may not; see `claimed`.
         """
-        if not self.path.exists():
+        try:
+            # A write that was killed leaves a hidden temporary file, which is no one's work.
+            names = {p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")}
+        except FileNotFoundError:
             return
-        if not self.path.is_dir():
-            raise UsageError(f"The output {self.path} is a file; a directory is needed.")
-        # A write that was killed leaves a hidden temporary file, which is no one's work.
-        names = {p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")}
+        except OSError as error:
+            is_file = self.path.is_file() if error.errno == errno.ENOTDIR else False
+            raise UsageError(
+                f"The output {self.path} is a file; a directory is needed."
+                if is_file
+                else f"The output directory {self.path} cannot be used: {error.strerror}."
+            ) from error
         if MASK in names:
             raise UsageError(
                 f"The output directory {self.path} holds a finished run ({MASK}). "
@@ -221,8 +229,9 @@ class RunDirectory:
                 f"The output directory {self.path} is in use by process {other or 'unknown'}. "
                 "Wait for it, or choose another directory."
             ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # on a full disk the next file tells
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -242,13 +251,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none to be read."""
+def _sealed(path: Path) -> dict[str, Any] | None:
+    """A JSON object with its own hash; None where there is none, or a damaged one."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return found if found.pop("sha256") == _sum(found) else None
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
+
+
+def _sum(found: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

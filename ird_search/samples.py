@@ -204,6 +204,30 @@ class SampleSet:
         )
 
 
+EXCLUDED_SHARE = 0.01
+"""More samples than this without finite numbers end a run."""
+
+
+def require_few(
+    ids: Sequence[int],
+    total: int,
+    what: str = "samples",
+    *,
+    share: float = EXCLUDED_SHARE,
+) -> None:
+    """At most this share of the samples may have to be left out.
+
+    Raises:
+        DataError: with the first rows.
+    """
+    if len(ids) > share * total:
+        listed = ", ".join(map(str, ids[:10])) + " …" * (len(ids) > 10)
+        raise DataError(
+            f"{len(ids)} of {total} {what} have a log-likelihood or a gradient that is not finite, "
+            f"more than {share:.0%}. Rows (counting from 0): {listed}."
+        )
+
+
 def _index(rows: Iterable[int] | Tensor) -> Tensor:
     if isinstance(rows, Tensor):
         return rows.to("cpu", torch.int64)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from ird_search.errors import ResourceError
 from ird_search.ledger import Ledger, Unit
@@ -31,12 +35,11 @@ class Study:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        storage = None
         if path is not None:
             for torn in (path, *path.parent.glob(f"{path.name}-*")):  # SQLite's journals, too
                 torn.unlink(missing_ok=True)
-            storage = f"sqlite:///{path.resolve()}"
         with _quiet(), _room():
+            storage = None if path is None else _storage(path)
             # The sampler is named because its default changes between versions.
             self.study = optuna.create_study(
                 storage=storage,
@@ -74,13 +77,19 @@ class Study:
             )
 
 
+def _storage(path: Path) -> RDBStorage:
+    """By a connection of our own: in a URL, a { or ? of the path would mean something else."""
+    connect = partial(sqlite3.connect, path, timeout=60, check_same_thread=False)
+    return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})
+
+
 def restored(path: Path, ledger: Ledger) -> bool:
     """Make a study again from the ledger where it cannot be read or lacks a trial."""
     done = list(ledger.finished("proxy"))
     try:
         with _quiet():
-            found = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path.resolve()}")
-            if path.exists() and len(found.trials) == len(done):
+            found = optuna.load_study(study_name=NAME, storage=_storage(path))
+            if len(found.trials) == len(done):
                 return False
     except (KeyError, StorageInternalError, SQLAlchemyError, ValueError):
         pass  # no study in it, no SQLite, or a torn one

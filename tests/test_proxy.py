@@ -101,7 +101,7 @@ def test_the_model_is_put_back(kind: Any) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_model_is_put_back_after_an_exception(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:

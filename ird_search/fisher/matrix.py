@@ -23,21 +23,18 @@ from torch import Tensor
 
 from ird_search.coordinates import digest
 from ird_search.devices import release_memory
-from ird_search.errors import DataError, ResourceError, out_of_memory
+from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher.engine import Engine
 from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.ledger import Ledger
 from ird_search.parameters import ParameterSpace
-from ird_search.samples import SampleSet
+from ird_search.samples import EXCLUDED_SHARE, SampleSet, require_few
 
 log = logging.getLogger(__name__)
 
 _Factors = list[tuple[Tensor, dict[str, SampleGradients]]]
 """Of one batch: (finite rows, gradients by name)."""
-
-EXCLUDED_SHARE = 0.01
-"""More samples than this without a finite gradient end the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,13 +427,8 @@ class FisherMatrix:
 
     def _exclude(self, rows: Tensor) -> None:
         self.excluded |= set(rows.tolist())
-        if len(self.excluded) > self.excluded_share * len(self.samples):
-            ids = self.samples.ids[sorted(self.excluded)].tolist()
-            raise DataError(
-                f"{len(ids)} of {len(self.samples)} samples have a log-likelihood or a gradient "
-                f"that is not finite, more than {self.excluded_share:.0%}. Rows (counting from 0): "
-                f"{', '.join(map(str, ids[:10]))}{' …' if len(ids) > 10 else ''}."
-            )
+        ids = self.samples.ids[sorted(self.excluded)].tolist()
+        require_few(ids, len(self.samples), share=self.excluded_share)
 
     def _marked(self, scores: Tensor) -> Tensor:
         """The scores of all samples, −∞ at the excluded ones."""

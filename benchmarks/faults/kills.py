@@ -1,0 +1,99 @@
+"""kill -9: at random moments, and at every place where something is about to be lost."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.faults import Row
+from benchmarks.faults.runner import STARTS, Runner
+from benchmarks.faults.tiny import command, left_over, same_files, tiny_problem
+from ird_search.crash import POINTS, VARIABLE
+
+KILLED = 128 + 9
+PROMISE = "resumes finish with the same bytes; at most one unit is lost per killed process"
+
+
+def campaign(*, times: int = 200, passes: int = 10_000, seed: int = 0) -> list[Row]:
+    """The rows.
+
+    Args:
+        times: kills at random moments.
+        passes: how often each point is passed before the process is killed there, at most.
+    """
+    with tiny_problem() as place, Runner() as runner:
+        whole, again = place / "whole", place / "again"
+        ended = [runner.run(command(place, output)) for output in (whole, again)]
+        assert not any(end.code for end in ended), ended[0].err
+        draw, most = random.Random(seed), 0.8 * ended[1].seconds  # the first is slower
+        moments = (Fault({}, after=draw.uniform(0, most)) for _ in itertools.count())
+        at_random: list[Survived] = []
+        while sum(run.killed for run in at_random) < times:
+            at_random.append(_survived(runner, place, whole, moments))
+        at_points: list[Survived] = []
+        for n in range(1, passes + 1):
+            points = [Fault({VARIABLE: f"{point}:{n}"}) for point in POINTS]
+            at_points.append(_survived(runner, place, whole, points))
+            if not at_points[-1].killed:
+                break  # no point is passed so often
+    return [
+        _row("kill -9 at a random moment", at_random),
+        _row(f"kill -9 at each of {len(POINTS)} named points", at_points),
+    ]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What ends a process before it is done."""
+
+    env: Mapping[str, str]
+    after: float | None = None
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What became of one run.
+
+    Args:
+        killed: processes that were.
+        lost: units that were begun more than once.
+        wrong: what was promised and is not so; empty where all is.
+    """
+
+    killed: int
+    lost: int
+    wrong: str
+
+
+def _row(fault: str, runs: Sequence[Survived]) -> Row:
+    killed, lost = sum(run.killed for run in runs), sum(run.lost for run in runs)
+    wrong = [run.wrong for run in runs if run.wrong]
+    figures = {"runs": len(runs), "units lost per killed process": lost / max(1, killed)}
+    return Row(fault, PROMISE, killed, killed - len(wrong), figures, tuple(wrong[:5]))
+
+
+def _survived(runner: Runner, place: Path, whole: Path, faults: Iterable[Fault]) -> Survived:
+    """Kill one run by each fault in turn, taking it up again, and look at what it comes to."""
+    killed, fault = 0, Fault({})
+    with TemporaryDirectory(dir=place) as folder:
+        output, starts = Path(folder) / "run", Path(folder) / "starts"
+        for fault in itertools.chain(faults, [Fault({})]):
+            if (output / "mask.safetensors").exists():
+                break
+            begun = (output / "config.yaml").exists()
+            words = ["resume", str(output)] if begun else command(place, output)
+            ended = runner.run(words, env={STARTS: str(starts), **fault.env}, after=fault.after)
+            killed += ended.code == KILLED
+            if ended.code not in (0, KILLED):
+                return Survived(killed, 0, f"{fault}: code {ended.code}: {ended.err[-300:]}")
+        wrong = [f"{name} differs" for name in same_files(output, whole)]
+        wrong += [f"{name} is left over" for name in left_over(output)] * (ended.code == 0)
+        units = sum(1 for p in output.glob("ledger/*.json") if not p.name.startswith("fisher-"))
+        lost = (starts.stat().st_size if starts.exists() else 0) - units
+        if lost > killed:
+            wrong.append(f"{lost} units were begun twice, but {killed} processes killed")
+        return Survived(killed, lost, f"last {fault}: {'; '.join(wrong)}" if wrong else "")
