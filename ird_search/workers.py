@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ird_search.errors import UsageError
@@ -33,21 +34,24 @@ def workers(count: int, target: Target, payload: Any, directory: Path) -> Iterat
     if not count:
         yield
         return
-    data = _pickled(payload)
     context = multiprocessing.get_context("spawn")
-    started = [
-        context.Process(target=_work, args=(target, data, directory), daemon=True)
-        for _ in range(count)
-    ]
-    try:
-        for process in started:
-            process.start()
-        yield
-    finally:
-        for process in started:
-            if process.pid is not None:
-                process.kill()  # what it was doing is in nobody's way
-                process.join()
+    with TemporaryDirectory() as private:
+        # A file, since a pipe would wait for a worker that is stopped before it has read it.
+        path = Path(private) / "payload"
+        path.write_bytes(_pickled(payload))
+        started = [
+            context.Process(target=_work, args=(target, path, directory), daemon=True)
+            for _ in range(count)
+        ]
+        try:
+            for process in started:
+                process.start()
+            yield
+        finally:
+            for process in started:
+                if process.pid is not None:
+                    process.kill()  # what it was doing is in nobody's way
+                    process.join()
 
 
 def _pickled(payload: Any) -> bytes:
@@ -61,11 +65,11 @@ def _pickled(payload: Any) -> bytes:
         ) from problem
 
 
-def _work(target: Target, data: bytes, directory: Path) -> None:
+def _work(target: Target, payload: Path, directory: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        target(data, directory)
+        target(payload.read_bytes(), directory)
     except Exception as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
         print(f"ird-search: a worker stopped, the others go on: {reason}", file=sys.stderr)

@@ -383,7 +383,7 @@ def count_runs(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> l
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(name: str) -> SearchResult:
-        settings = {**QUICK, "learning_rate": None}
+        settings = {**QUICK, "learning_rate": None, "seeds": 1, "warmup_steps": 1}
         return search_mask(toy_net(), toy_rows(), output=tmp_path / name, **settings)
 
     with monkeypatch.context() as patch:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -321,29 +320,3 @@ def test_a_signal_between_two_units(
     assert call("resume", output).exit_code == 0
     whole = (finished[0] / "mask.safetensors").read_bytes()
     assert (output / "mask.safetensors").read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_a_signal_at_any_moment(number: signal.Signals, place: Path, tmp_path: Path) -> None:
-    """A process of its own, stopped from outside once some units are finished."""
-    output, whole = tmp_path / "run", tmp_path / "whole"
-    words = command(place, output, proxy_steps="12")
-    with subprocess.Popen(
-        [sys.executable, "-m", "ird_search.cli", *words], stderr=subprocess.PIPE, text=True
-    ) as process:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and process.poll() is None:
-            if len(list(output.glob("ledger/*.json"))) >= 3:
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, said
-    assert f"Go on with: ird-search resume {output}\n" in said
-    left_in_order(output)
-    assert call("resume", output).exit_code == 0
-    assert call(*command(place, whole, proxy_steps="12")).exit_code == 0
-    for name in ("mask.safetensors", "rounds.jsonl", "report.md"):
-        assert (output / name).read_bytes() == (whole / name).read_bytes(), name

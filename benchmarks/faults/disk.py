@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.faults import Row
-from benchmarks.faults.runner import Runner
-from benchmarks.faults.tiny import command, same_files, tiny_problem
+from benchmarks.faults.tiny import Bench, bench, command, same_files
 
 FULL = 75
 NAMES = (
@@ -49,44 +48,36 @@ for size in range(0, len(old) + 600, max(1, len(old) // int(sys.argv[2]))):
 """
 
 
-def campaign(*, sizes: int = 60, cuts: int = 200) -> list[Row]:
-    """The rows.
-
-    Args:
-        sizes: of the largest file that a run may write.
-        cuts: of the largest file that a mask may be written over.
-    """
-    with tiny_problem() as place, Runner() as runner:
-        whole = place / "whole"
-        ended = runner.run(command(place, whole))
-        assert ended.code == 0, ended.err
+def campaign() -> list[Row]:
+    """The rows."""
+    with bench() as b:
         return [
-            _full(runner, place, whole, sizes),
-            _overwritten(place, cuts),
-            _named(runner, place, whole),
-            _unwritable(runner, place),
-            _two_at_once(runner, place, whole),
+            full(b, sizes=60),
+            overwritten(cuts=200),
+            named(b, NAMES),
+            unwritable(b),
+            two_at_once(b),
         ]
 
 
-def _full(runner: Runner, place: Path, whole: Path, sizes: int) -> Row:
+def full(b: Bench, *, sizes: int) -> Row:
     """No file may grow beyond a limit, which rises until the run gets through."""
-    largest = max(p.stat().st_size for p in whole.rglob("*") if p.is_file())
+    largest = max(p.stat().st_size for p in b.whole.rglob("*") if p.is_file())
     wrong, tried = list[str](), 0
     for i in range(sizes):
         limit = int(largest * i / sizes)
-        with TemporaryDirectory(dir=place) as folder:
+        with TemporaryDirectory(dir=b.place) as folder:
             output = Path(folder) / "run"
-            ended = runner.run(command(place, output), limits={"FSIZE": limit})
+            ended = b.runner.run(command(b.place, output), limits={"FSIZE": limit})
             if ended.code == 0:
                 continue
             tried += 1
             text = _stopped_well(ended.code, ended.err, output)
             begun = (output / "config.yaml").exists()
-            again = runner.run(["resume", output] if begun else command(place, output))
+            again = b.runner.run(["resume", output] if begun else command(b.place, output))
             if again.code:
                 text += f"the resume ended with {again.code}: {again.err[-300:]}"
-            text += ", ".join(same_files(output, whole))
+            text += ", ".join(same_files(output, b.whole))
             wrong += [f"at {limit:,} bytes: {text}"] if text else []
     promise = "code 75 and what to do; no mask; once there is room, a resume gives the same bytes"
     return Row("disk full, at any size", promise, tried, tried - len(wrong), {}, tuple(wrong[:5]))
@@ -98,8 +89,9 @@ def _stopped_well(code: int, err: str, output: Path) -> str:
     return "there is a mask " if (output / "mask.safetensors").exists() else ""
 
 
-def _overwritten(place: Path, cuts: int) -> Row:
-    with TemporaryDirectory(dir=place) as folder:
+def overwritten(*, cuts: int) -> Row:
+    """A mask is saved over another, while the largest file may be of so many sizes."""
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "mask.safetensors"
         done = subprocess.run(
             [sys.executable, "-c", OVERWRITE, str(path), str(cuts)],
@@ -112,42 +104,43 @@ def _overwritten(place: Path, cuts: int) -> Row:
     return Row("disk full while a mask is replaced", promise, tried, tried - wrong)
 
 
-def _named(runner: Runner, place: Path, whole: Path) -> Row:
+def named(b: Bench, names: Sequence[str]) -> Row:
+    """Model, data and output below a directory of such a name."""
     wrong = []
-    for name in NAMES:
-        with TemporaryDirectory(dir=place) as folder:
+    for name in names:
+        with TemporaryDirectory(dir=b.place) as folder:
             root = Path(folder) / name
             root.mkdir()
-            (root / "model").symlink_to(place / "model")
-            (root / "rows.csv").symlink_to(place / "rows.csv")
-            ended = runner.run(command(root, root / "run"))
-            if ended.code or same_files(root / "run", whole)[:1] == ["mask.safetensors"]:
+            (root / "model").symlink_to(b.place / "model")
+            (root / "rows.csv").symlink_to(b.place / "rows.csv")
+            ended = b.runner.run(command(root, root / "run"))
+            if ended.code or same_files(root / "run", b.whole)[:1] == ["mask.safetensors"]:
                 wrong.append(f"{name!r}: code {ended.code}: {ended.err[-300:]}")
     promise = "it works, and gives the same mask"
     return Row(
         "spaces, Unicode, quotes and line ends in paths",
         promise,
-        len(NAMES),
-        len(NAMES) - len(wrong),
+        len(names),
+        len(names) - len(wrong),
         {},
         tuple(wrong),
     )
 
 
-def _unwritable(runner: Runner, place: Path) -> Row:
+def unwritable(b: Bench) -> Row:
     """Where nothing can be written, said before the model is loaded or right after."""
-    (place / "file").write_text("mine")
+    (b.place / "file").write_text("mine")
     places: dict[str, Callable[[], Path]] = {
-        "a file": lambda: place / "file",
-        "below a file": lambda: place / "file" / "run",
-        "a directory of others": lambda: place / "model",
+        "a file": lambda: b.place / "file",
+        "below a file": lambda: b.place / "file" / "run",
+        "a directory of others": lambda: b.place / "model",
         "/proc": lambda: Path("/proc/run"),
-        "a name that is too long": lambda: place / ("x" * 300),
+        "a name that is too long": lambda: b.place / ("x" * 300),
     }
     wrong, slowest = [], 0.0
     for name, where in places.items():
         began = time.monotonic()
-        ended = runner.run(command(place, where()))
+        ended = b.runner.run(command(b.place, where()))
         slowest = max(slowest, time.monotonic() - began)
         if ended.code != 2 or "Traceback" in ended.err or "ird-search: " not in ended.err:
             wrong.append(f"{name}: code {ended.code}: {ended.err[-300:]}")
@@ -163,24 +156,28 @@ def _unwritable(runner: Runner, place: Path) -> Row:
     )
 
 
-def _two_at_once(runner: Runner, place: Path, whole: Path) -> Row:
+def two_at_once(b: Bench) -> Row:
     """A second run while the first has its directory."""
-    output, wrong, tried = place / "both", list[str](), 3
+    output, wrong, tried = b.place / "both", list[str](), 3
     first = subprocess.Popen(
-        [sys.executable, "-m", "ird_search.cli", *command(place, output, proxy_steps="1")],
+        [sys.executable, "-m", "ird_search.cli", *command(b.place, output, proxy_steps="1")],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     for _ in _until(lambda: (output / "run.json").exists() or first.poll() is not None):
         pass
-    for words in (command(place, output), ["resume", output], [*command(place, output), "--fresh"]):
+    for words in (
+        command(b.place, output),
+        ["resume", output],
+        [*command(b.place, output), "--fresh"],
+    ):
         first.send_signal(19)
-        ended = runner.run(words)
+        ended = b.runner.run(words)
         first.send_signal(18)
         if ended.code != 2 or str(first.pid) not in ended.err:
             wrong.append(f"{words[0]}: code {ended.code}: {ended.err[-300:]}")
-    if first.wait() or same_files(output, whole):
+    if first.wait() or same_files(output, b.whole):
         wrong.append("the first run did not come to the same bytes")
     promise = "the second is refused and told which process writes; the first is not disturbed"
     return Row("two runs in one directory", promise, tried, tried - len(wrong), {}, tuple(wrong))

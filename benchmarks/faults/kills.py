@@ -10,40 +10,37 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.faults import Row
-from benchmarks.faults.runner import STARTS, Runner
-from benchmarks.faults.tiny import command, left_over, same_files, tiny_problem
+from benchmarks.faults.runner import STARTS
+from benchmarks.faults.tiny import Bench, bench, command, left_over, same_files
 from ird_search.crash import POINTS, VARIABLE
 
 KILLED = 128 + 9
 PROMISE = "resumes finish with the same bytes; at most one unit is lost per killed process"
 
 
-def campaign(*, times: int = 200, passes: int = 10_000, seed: int = 0) -> list[Row]:
-    """The rows.
+def campaign() -> list[Row]:
+    """The rows."""
+    with bench() as b:
+        return [at_random(b, times=200), at_points(b)]
 
-    Args:
-        times: kills at random moments.
-        passes: how often each point is passed before the process is killed there, at most.
-    """
-    with tiny_problem() as place, Runner() as runner:
-        whole, again = place / "whole", place / "again"
-        ended = [runner.run(command(place, output)) for output in (whole, again)]
-        assert not any(end.code for end in ended), ended[0].err
-        draw, most = random.Random(seed), 0.8 * ended[1].seconds  # the first is slower
-        moments = (Fault({}, after=draw.uniform(0, most)) for _ in itertools.count())
-        at_random: list[Survived] = []
-        while sum(run.killed for run in at_random) < times:
-            at_random.append(_survived(runner, place, whole, moments))
-        at_points: list[Survived] = []
-        for n in range(1, passes + 1):
-            points = [Fault({VARIABLE: f"{point}:{n}"}) for point in POINTS]
-            at_points.append(_survived(runner, place, whole, points))
-            if not at_points[-1].killed:
-                break  # no point is passed so often
-    return [
-        _row("kill -9 at a random moment", at_random),
-        _row(f"kill -9 at each of {len(POINTS)} named points", at_points),
-    ]
+
+def at_random(b: Bench, *, times: int, seed: int = 0) -> Row:
+    """So many kills at random moments; a run is taken up again until it is done."""
+    draw, most, runs = random.Random(seed), 0.8 * b.seconds, list[Survived]()
+    moments = (Fault({}, after=draw.uniform(0, most)) for _ in itertools.count())
+    while sum(run.killed for run in runs) < times:
+        runs.append(_survived(b, moments))
+    return _row("kill -9 at a random moment", runs)
+
+
+def at_points(b: Bench, *, passes: int = 10_000) -> Row:
+    """Kills at every named point, when it is passed first, second, … at most so many times."""
+    runs: list[Survived] = []
+    for n in range(1, passes + 1):
+        runs.append(_survived(b, [Fault({VARIABLE: f"{point}:{n}"}) for point in POINTS]))
+        if not runs[-1].killed:
+            break  # no point is passed so often
+    return _row(f"kill -9 at each of {len(POINTS)} named points", runs)
 
 
 @dataclass(frozen=True)
@@ -76,21 +73,21 @@ def _row(fault: str, runs: Sequence[Survived]) -> Row:
     return Row(fault, PROMISE, killed, killed - len(wrong), figures, tuple(wrong[:5]))
 
 
-def _survived(runner: Runner, place: Path, whole: Path, faults: Iterable[Fault]) -> Survived:
+def _survived(b: Bench, faults: Iterable[Fault]) -> Survived:
     """Kill one run by each fault in turn, taking it up again, and look at what it comes to."""
     killed, fault = 0, Fault({})
-    with TemporaryDirectory(dir=place) as folder:
+    with TemporaryDirectory(dir=b.place) as folder:
         output, starts = Path(folder) / "run", Path(folder) / "starts"
         for fault in itertools.chain(faults, [Fault({})]):
             if (output / "mask.safetensors").exists():
                 break
             begun = (output / "config.yaml").exists()
-            words = ["resume", str(output)] if begun else command(place, output)
-            ended = runner.run(words, env={STARTS: str(starts), **fault.env}, after=fault.after)
+            words = ["resume", str(output)] if begun else command(b.place, output)
+            ended = b.runner.run(words, env={STARTS: str(starts), **fault.env}, after=fault.after)
             killed += ended.code == KILLED
             if ended.code not in (0, KILLED):
                 return Survived(killed, 0, f"{fault}: code {ended.code}: {ended.err[-300:]}")
-        wrong = [f"{name} differs" for name in same_files(output, whole)]
+        wrong = [f"{name} differs" for name in same_files(output, b.whole)]
         wrong += [f"{name} is left over" for name in left_over(output)] * (ended.code == 0)
         units = sum(1 for p in output.glob("ledger/*.json") if not p.name.startswith("fisher-"))
         lost = (starts.stat().st_size if starts.exists() else 0) - units

@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.faults import Row
-from benchmarks.faults.runner import Runner
-from benchmarks.faults.tiny import command, same_files, tiny_problem
+from benchmarks.faults.tiny import Bench, bench, command, same_files
 from ird_search.crash import VARIABLE
 from ird_search.ledger import Ledger
 from ird_search.study import restored
 
 
-def campaign(*, every: int = 1) -> list[Row]:
-    """The rows; of the ledger's files one in `every` is damaged."""
-    with tiny_problem() as place, Runner() as runner:
-        whole, half = place / "whole", place / "half"
-        ended = runner.run(command(place, whole))
-        assert ended.code == 0, ended.err
-        # Everything is done but for the mask, so each file of the ledger is needed.
-        ended = runner.run(command(place, half), env={VARIABLE: "report written"})
-        assert ended.code == 128 + 9, ended.err
-        return [
-            _damaged(runner, place, whole, half, every),
-            _studies(place, half),
-            _changed(runner, place, half),
-            _fresh(runner, place, whole, half),
-        ]
+def campaign() -> list[Row]:
+    """The rows."""
+    with bench() as b:
+        half = almost_done(b)
+        return [damaged(b, half), studies(half), changed(b, half), fresh(b, half)]
 
 
-def _damaged(runner: Runner, place: Path, whole: Path, half: Path, every: int) -> Row:
+def almost_done(b: Bench) -> Path:
+    """A run of which all is done but for the mask, so that each file of its ledger is needed."""
+    half = b.place / "half"
+    ended = b.runner.run(command(b.place, half), env={VARIABLE: "report written"})
+    assert ended.code == 128 + 9, ended.err
+    return half
+
+
+def damaged(b: Bench, half: Path, *, every: int = 1, hows: Sequence[str] = ()) -> Row:
+    """One in `every` of the ledger's files, and those of the run, each damaged in these ways."""
     names = sorted(p.name for p in (half / "ledger").iterdir() if p.name != "claims")[::every]
     names += ["../study.db", "../rounds.jsonl", "../run.json"]
     wrong, tried = list[str](), 0
     for name in names:
-        for how, damage in DAMAGES.items():
+        for how in hows or DAMAGES:
             tried += 1
-            output = place / "damaged"
+            output = b.place / "damaged"
             shutil.rmtree(output, ignore_errors=True)
             shutil.copytree(half, output)
-            damage(output / "ledger" / name)
-            ended = runner.run(["resume", output])
+            DAMAGES[how](output / "ledger" / name)
+            ended = b.runner.run(["resume", output])
             told = restored(output / "study.db", Ledger(output / "ledger"))
-            if ended.code or same_files(output, whole) or told:
+            if ended.code or same_files(output, b.whole) or told:
                 wrong.append(f"{name} {how}: {ended.code}, {told}: {ended.err[-300:]}")
     promise = "the unit is done again, the study made again; the same bytes"
     fault = "a file of the ledger, or the study, is cut, altered, emptied or gone"
@@ -65,12 +63,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _studies(place: Path, half: Path) -> Row:
+def studies(half: Path) -> Row:
     """A study of a finished run, made again from the ledger alone."""
     whole = (half / "study.db").read_bytes()
     wrong, tried = list[str](), 20
     for i in range(tried):
-        output = place / "study" / "study.db"
+        output = half.parent / "study" / "study.db"
         output.parent.mkdir(exist_ok=True)
         output.write_bytes(whole[: len(whole) * i // tried])
         ledger = Ledger(half / "ledger")
@@ -80,9 +78,9 @@ def _studies(place: Path, half: Path) -> Row:
     return Row("a torn Optuna study", promise, tried, tried - len(wrong), {}, tuple(wrong))
 
 
-def _changed(runner: Runner, place: Path, half: Path) -> Row:
+def changed(b: Bench, half: Path) -> Row:
     """One byte of the model, the data or the settings is another one at the resume."""
-    model, rows = place / "model" / "model.safetensors", place / "rows.csv"
+    model, rows = b.place / "model" / "model.safetensors", b.place / "rows.csv"
     config = half / "config.yaml"
     edits: dict[str, tuple[Path, bytes, bytes, str]] = {
         "a weight": (model, model.read_bytes()[-1:], b"", "weights was"),
@@ -97,8 +95,8 @@ def _changed(runner: Runner, place: Path, half: Path) -> Row:
         new = bytes([before[-1] ^ 1]) if name == "a weight" else new
         path.write_bytes(before[:at] + new + before[at + len(old) :])
         try:
-            words = command(place, half) if path == config else ["resume", str(half)]
-            ended = runner.run(words)
+            words = command(b.place, half) if path == config else ["resume", str(half)]
+            ended = b.runner.run(words)
         finally:
             path.write_bytes(before)
         expected = "density was 0.03, is 0.02" if path == config else said
@@ -109,20 +107,20 @@ def _changed(runner: Runner, place: Path, half: Path) -> Row:
     return Row(fault, promise, len(edits), len(edits) - len(wrong), {}, tuple(wrong))
 
 
-def _fresh(runner: Runner, place: Path, whole: Path, half: Path) -> Row:
+def fresh(b: Bench, half: Path) -> Row:
     """Begun anew with other settings, and then with the first ones again."""
-    output = place / "fresh"
+    output = b.place / "fresh"
     shutil.copytree(half, output)
     wrong = []
-    other = runner.run(
-        [*command(place, output, seed="1"), "--fresh"], env={VARIABLE: "report written"}
+    other = b.runner.run(
+        [*command(b.place, output, seed="1"), "--fresh"], env={VARIABLE: "report written"}
     )
     if other.code != 128 + 9:
         wrong.append(f"other settings: code {other.code}: {other.err[-300:]}")
-    again = runner.run([*command(place, output), "--fresh"])
-    if again.code or same_files(output, whole):
+    again = b.runner.run([*command(b.place, output), "--fresh"])
+    if again.code or same_files(output, b.whole):
         wrong.append(f"the first settings: code {again.code}: {again.err[-300:]}")
-    finished = runner.run([*command(place, output), "--fresh"])
+    finished = b.runner.run([*command(b.place, output), "--fresh"])
     if finished.code != 2:
         wrong.append(f"a finished run was taken away: {finished.code}")
     promise = "an unfinished run makes room for another, a finished one does not"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.faults import Row
-from benchmarks.faults.runner import Runner
-from benchmarks.faults.tiny import command, same_files, tiny_problem
+from benchmarks.faults.tiny import Bench, bench, command, same_files
 from ird_search.errors import ResourceError
 from ird_search.fisher import FisherMatrix, Loop, make_engine
 from ird_search.fisher.engine import Contribution
@@ -25,10 +24,10 @@ from ird_search.task import Classification
 FULL = 75
 
 
-def campaign(*, limits: int = 40, runs: int = 40) -> list[Row]:
-    """The rows; so many limits of the address space are tried for a pass, and for whole runs."""
-    with tiny_problem() as place, Runner() as runner:
-        return [_injected(), _limited(limits), _whole(runner, place, runs)]
+def campaign() -> list[Row]:
+    """The rows."""
+    with bench() as b:
+        return [injected(), limited(limits=40), whole_runs(b, runs=60)]
 
 
 # --- one Fisher pass ------------------------------------------------------------------------------
@@ -71,14 +70,14 @@ def fisher_problem(
     )
 
 
-def _injected() -> Row:
+def injected(*, sizes: Sequence[int] = range(8)) -> Row:
     """Batches of 8 rows; each of the sizes 0 … 7 is the largest that fits, each call may fail."""
     net, task, space, samples = fisher_problem()
     taps = make_engine(net, task, space, example=samples.batch(torch.arange(4)))
     loop = Loop(net, task, space.names)
     true = FisherMatrix(taps, samples, space, tokens=8, cache_bytes=0).marginals()
     wrong, tried = list[str](), 0
-    for most in range(8):
+    for most in sizes:
         for fails in (None, *((n,) for n in range(1, 5))):
             tried += 1
             short = Short(taps, most, fails)
@@ -103,7 +102,7 @@ import json, resource, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from benchmarks.faults.memory import fisher_problem
-from ird_search.errors import ResourceError
+from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher import FisherMatrix, Loop, make_engine
 net, task, space, samples = fisher_problem(width=1024, rows=4096)
 taps = make_engine(net, task, space, example=samples.batch(torch.arange(4)))
@@ -120,16 +119,15 @@ for i in range(int(sys.argv[1])):
     try:
         found = m.marginals().columns
         said = "same" if torch.allclose(found, true, rtol=1e-4, atol=1e-12) else "differs"
-    except ResourceError:
-        said = "75"
-    except BaseException as problem:
-        said = f"{type(problem).__name__}: {problem}"
+    except (ResourceError, RuntimeError, MemoryError) as problem:
+        full = isinstance(problem, ResourceError) or out_of_memory(problem)
+        said = "75" if full else f"{type(problem).__name__}: {problem}"
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     print(json.dumps([4 + 3 * i, said, m._most]), flush=True)
 """
 
 
-def _limited(limits: int) -> Row:
+def limited(*, limits: int) -> Row:
     """The address space ends so many megabytes above what the process has."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limits)], capture_output=True, text=True, check=False
@@ -150,26 +148,23 @@ def _limited(limits: int) -> Row:
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def _whole(runner: Runner, place: Path, runs: int) -> Row:
-    whole = place / "whole"
-    ended = runner.run(command(place, whole))
-    assert ended.code == 0, ended.err
+def whole_runs(b: Bench, *, runs: int) -> Row:
+    """So many runs, each with two megabytes more than the one before."""
     wrong, gave_up = list[str](), 0
     for i in range(runs):
-        with TemporaryDirectory(dir=place) as folder:
+        with TemporaryDirectory(dir=b.place) as folder:
             output = Path(folder) / "run"
-            ended = runner.run(command(place, output), limits={"AS": i * 2**20})
+            ended = b.runner.run(command(b.place, output), limits={"AS": i * 2**21})
             if ended.code == 0:
-                wrong += [f"{i} MB: other bytes"] * bool(same_files(output, whole)[:1])
+                wrong += [f"{2 * i} MB: other bytes"] * bool(same_files(output, b.whole)[:1])
                 continue
             gave_up += 1
             begun = (output / "config.yaml").exists()
-            again = runner.run(["resume", output] if begun else command(place, output))
-            text = ", ".join(same_files(output, whole)[:1])
+            again = b.runner.run(["resume", output] if begun else command(b.place, output))
+            text = ", ".join(same_files(output, b.whole)[:1])
             if ended.code != FULL or again.code or text:
-                wrong.append(
-                    f"{i} MB: code {ended.code}, then {again.code} {text}: {ended.err[-300:]}"
-                )
+                codes = f"code {ended.code}, then {again.code}"
+                wrong.append(f"{2 * i} MB: {codes} {text}: {ended.err[-300:]}")
     promise = "code 75 with advice, and with more memory a resume comes to the same mask"
     fault = "the address space of a whole run is limited (RLIMIT_AS)"
     figures = {"gave up with code 75": gave_up}

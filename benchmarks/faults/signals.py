@@ -8,8 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.faults import Row
-from benchmarks.faults.runner import Runner
-from benchmarks.faults.tiny import command, left_over, same_files, tiny_problem
+from benchmarks.faults.tiny import Bench, bench, command, left_over, same_files
 
 PROMISE = (
     "exit code 143 or 130 within 10 s, nothing half-written, and the printed command goes on to "
@@ -17,37 +16,33 @@ PROMISE = (
 )
 
 
-def campaign(*, times: int = 50, seed: int = 0) -> list[Row]:
-    """The rows; each signal is sent so many times."""
-    with tiny_problem() as place, Runner() as runner:
-        whole, again = place / "whole", place / "a run"
-        for output in (whole, again):
-            ended = runner.run(command(place, output))
-            assert ended.code == 0, ended.err
-        draw, most = random.Random(seed), 0.8 * ended.seconds
-        rows = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            slowest, wrong, tried = 0.0, list[str](), 0
-            while tried < times:
-                after = draw.uniform(0, most)
-                stopped, seconds, text = _stopped(runner, place, whole, number, after)
-                tried += stopped
-                slowest = max(slowest, seconds)
-                wrong += [f"after {after:.3f} s: {text}"] if text else []
-            name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C (SIGINT)"
-            figures = {"seconds until it ended, worst": slowest}
-            rows.append(Row(name, PROMISE, tried, tried - len(wrong), figures, tuple(wrong[:5])))
-    return rows
+def campaign() -> list[Row]:
+    """The rows."""
+    with bench() as b:
+        return [stopped_by(b, number, times=50) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def _stopped(
-    runner: Runner, place: Path, whole: Path, number: int, after: float
-) -> tuple[bool, float, str]:
+def stopped_by(b: Bench, number: signal.Signals, *, times: int, seed: int = 0) -> Row:
+    """So many runs that get a signal before they are done."""
+    draw, most = random.Random(seed), 0.8 * b.seconds
+    slowest, wrong, tried = 0.0, list[str](), 0
+    while tried < times:
+        after = draw.uniform(0, most)
+        stopped, seconds, text = _stopped(b, number, after)
+        tried += stopped
+        slowest = max(slowest, seconds)
+        wrong += [f"after {after:.3f} s: {text}"] if text else []
+    name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C (SIGINT)"
+    figures = {"seconds until it ended, worst": slowest}
+    return Row(name, PROMISE, tried, tried - len(wrong), figures, tuple(wrong[:5]))
+
+
+def _stopped(b: Bench, number: signal.Signals, after: float) -> tuple[bool, float, str]:
     """(whether the signal came in time, seconds until the end, what went wrong)."""
-    with TemporaryDirectory(dir=place) as folder:
+    with TemporaryDirectory(dir=b.place) as folder:
         output = Path(folder) / "with a space"
-        words = command(place, output)
-        ended = runner.run(words, send=number, after=after)
+        words = command(b.place, output)
+        ended = b.runner.run(words, send=number, after=after)
         if ended.code == 0:
             return False, ended.after, ""
         begun = (output / "config.yaml").exists()
@@ -59,7 +54,7 @@ def _stopped(
         if output.exists() and (found := [f for f in left_over(output) if f.endswith(".tmp")]):
             return True, ended.after, f"{', '.join(found)} are left over"
         if not (output / "mask.safetensors").exists():
-            again = runner.run(["resume", output] if begun else words)
+            again = b.runner.run(["resume", output] if begun else words)
             if again.code:
                 return True, ended.after, f"the resume ended with {again.code}: {again.err[-300:]}"
-        return True, ended.after, ", ".join(same_files(output, whole))
+        return True, ended.after, ", ".join(same_files(output, b.whole))

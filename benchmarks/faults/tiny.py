@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from benchmarks.faults.runner import Runner
 
 WORDS = "the film is good bad a fine story dull long short and not very it was".split()  # noqa: SIM905
 OPTIONS = {
@@ -30,6 +33,32 @@ OPTIONS = {
     "record-seconds": "0",
     "fisher-tokens": "32",
 }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What most campaigns work with.
+
+    Args:
+        place: holds `model` and `rows.csv`.
+        whole: the directory of a run that nothing disturbed.
+        seconds: what such a run takes.
+    """
+
+    place: Path
+    runner: Runner
+    whole: Path
+    seconds: float
+
+
+@contextmanager
+def bench() -> Iterator[Bench]:
+    """A tiny problem, a warm process, and what it gives when nothing goes wrong."""
+    with tiny_problem() as place, Runner() as runner:
+        ended = [runner.run(command(place, place / name)) for name in ("whole", "again")]
+        if any(end.code for end in ended) or same_files(place / "again", place / "whole"):
+            raise RuntimeError(f"An undisturbed run fails: {ended[0].err}")
+        yield Bench(place, runner, place / "whole", ended[1].seconds)  # the first is slower
 
 
 @contextmanager
