@@ -1,0 +1,201 @@
+"""Narrowings: an interrupted Fisher pass goes on bit for bit, whatever was in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ird_search.budgets import Budgets
+from ird_search.errors import ResourceError
+from ird_search.fisher import Engine, FisherMatrix, PassRecord, make_engine, record
+from ird_search.fisher.engine import Contribution
+from ird_search.ledger import Ledger
+from ird_search.narrowing import Narrowings
+from ird_search.samples import Batch, SampleSet
+from ird_search.search import MOVES, Pair, Ranges
+from tests.cases import Problem, named, problem, vectors
+from tests.test_fisher import HUGE, bytes_of_all_factors
+from tests.toy import toy_net
+
+SIZES = Ranges((6, 4, 3, 2), (1000, 300, 80, 20))
+
+
+class Stopping:
+    """An engine that is interrupted at its n-th batch."""
+
+    def __init__(self, engine: Engine, at: int) -> None:
+        self.engine, self.left = engine, at
+        self.path, self.names = engine.path, engine.names
+        self.rows: list[int] = []
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.rows += batch.rows.tolist()
+        return self.engine.gradients(batch)
+
+
+def narrow(p: Problem, engine: Engine, directory: Path | None, cache: int) -> list[list[Any]]:
+    """What three rounds nominate, with FISH masks and row scores, as numbers."""
+    ledger = Ledger(directory)
+
+    def opened() -> FisherMatrix:
+        settings: dict[str, Any] = {"tokens": 16, "cache_bytes": cache}
+        settings["record"] = PassRecord(ledger, {"of": "a test"}, every=0)
+        return FisherMatrix(engine, p.samples, p.space, **settings)
+
+    narrowings = Narrowings(opened, p.space, ledger, {"of": "a test"})
+    budgets = Budgets.of(p.space, ())
+    sizes = Ranges(SIZES.rows, (p.space.numel, *SIZES.columns[1:]))
+    pair, told = Pair(torch.arange(6)), []
+    for _ in range(4):
+        found = narrowings.nominate(pair, ranges=sizes, moves=MOVES["walk"], budgets=budgets)
+        told += [[m, q.rows.tolist(), mask.digest, q.shrunk, q.step] for m, q, mask in found]
+        told += [[None if q.open is None else q.open.tolist() for _, q, _ in found]]
+        pair = found[-1][1]
+    mask = found[-1][2]
+    told.append([narrowings.fish(p.samples.select([4, 1]), 30, budgets).digest])
+    told.append(narrowings.row_scores(pair.rows, mask).tolist())
+    return [*told, [narrowings.memory.silent, narrowings.memory.excluded, narrowings.path]]
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 100])
+@pytest.mark.parametrize("name", ["bert-sdpa", "mlp"])
+def test_an_interrupted_narrowing_goes_on_bit_for_bit(
+    name: str, share: float, tmp_path: Path
+) -> None:
+    p = named(name)
+    cache = int(share * bytes_of_all_factors(p))
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    whole = Stopping(engine, -1)
+    expected = narrow(p, whole, None, cache)
+    assert narrow(p, engine, tmp_path / "recorded", cache) == expected
+    for at in range(1, len(whole.rows) + 1, 3 if share == 0 else 1):
+        directory = tmp_path / str(at)
+        stopped = Stopping(engine, at)
+        try:
+            assert narrow(p, stopped, directory, cache) == expected
+            break  # it was never interrupted
+        except KeyboardInterrupt:
+            pass
+        assert narrow(p, engine, directory, cache) == expected
+        assert narrow(p, Stopping(engine, 1), directory, cache) == expected  # nothing is left to do
+    assert at > 2
+
+
+def test_a_pass_goes_on_behind_its_last_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "SHARE", 0)  # however long the last record took
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    whole = Stopping(engine, -1)
+    narrow(p, whole, None, 0)
+    stopped, rest = Stopping(engine, 3), Stopping(engine, -1)
+    with pytest.raises(KeyboardInterrupt):
+        narrow(p, stopped, tmp_path, 0)
+    assert any(path.name.startswith("fisher-") for path in tmp_path.iterdir())
+    narrow(p, rest, tmp_path, 0)
+    assert stopped.rows + rest.rows == whole.rows  # in order, none twice
+    assert not any(path.name.startswith("fisher-") for path in tmp_path.iterdir())
+
+
+def test_excluded_rows_and_silent_tensors_are_remembered(tmp_path: Path) -> None:
+    net = toy_net()
+    samples = vectors(4, classes=2)
+    bad = SampleSet(
+        ({"input": torch.full((4,), float("nan"))}, *samples.inputs[1:]),
+        samples.labels,
+        samples.ids,
+    )
+    p = problem(net, named("mlp").task, bad)
+    engine = make_engine(p.model, p.task, p.space, example=bad.batch(range(6)))
+
+    def open_(ledger: Ledger) -> Narrowings:
+        settings: dict[str, Any] = {"cache_bytes": HUGE, "excluded_share": 1.0}
+        settings["record"] = PassRecord(ledger, {}, every=0)
+        return Narrowings(
+            lambda: FisherMatrix(engine, bad, p.space, **settings), p.space, ledger, {}
+        )
+
+    sizes = Ranges((6, 3), (p.space.numel, 5))
+    budgets = Budgets.of(p.space, ())
+    asked: dict[str, Any] = {"ranges": sizes, "moves": MOVES["ladder"], "budgets": budgets}
+    first, again = open_(Ledger(tmp_path)), open_(Ledger(tmp_path))
+    for narrowings in (first, again):
+        narrowings.nominate(Pair(torch.arange(6)), **asked)
+        assert narrowings.memory.excluded == (0,) and narrowings.memory.silent == ()
+    assert again._fisher is None  # no gradient was computed
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class Full:
+    """An engine that has memory for so many rows; told each batch that came through."""
+
+    def __init__(self, engine: Engine, rows: int) -> None:
+        self.engine, self.rows, self.path, self.names = engine, rows, engine.path, engine.names
+        self.done: list[list[int]] = []
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        if len(batch) > self.rows:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …")
+        self.done.append(batch.rows.tolist())
+        yield from self.engine.gradients(batch)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_batches_halve_where_memory_runs_out(rows: int) -> None:
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    full = Full(engine, rows)
+    found = FisherMatrix(full, p.samples, p.space, tokens=HUGE, cache_bytes=0).marginals()
+    true = FisherMatrix(engine, p.samples, p.space, cache_bytes=0).marginals()
+    assert torch.allclose(found.columns, true.columns, rtol=1e-4, atol=1e-10)
+    assert sorted(row for batch in full.done for row in batch) == list(range(6))
+    assert {len(batch) for batch in full.done} == {{1: 1, 2: 1, 3: 3}[rows]}
+
+
+def test_below_one_row_it_is_the_loop_and_then_an_error() -> None:
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    loop = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)), method="loop")
+    true = FisherMatrix(engine, p.samples, p.space, cache_bytes=0).marginals()
+    short: dict[str, Any] = {"samples": p.samples, "space": p.space, "cache_bytes": 0}
+    found = FisherMatrix(Full(engine, 0), fallback=loop, **short).marginals()
+    assert torch.allclose(found.columns, true.columns, rtol=1e-4, atol=1e-10)
+    for fallback in (None, Full(loop, 0)):
+        with pytest.raises(ResourceError, match=r"with one sample at a time.*cache-mb"):
+            FisherMatrix(Full(engine, 0), fallback=fallback, **short).marginals()
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_memory_that_runs_out_while_sums_grow_counts_nothing_twice(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is in some tensors' sums already, so the pass begins again."""
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    m = FisherMatrix(engine, p.samples, p.space, tokens=16, cache_bytes=0)
+    true = FisherMatrix(engine, p.samples, p.space, tokens=16, cache_bytes=0).marginals()
+    calls = 0
+    real = torch.stack
+
+    def stack(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        if len(args[0]) == len(p.space.names):
+            calls += 1
+            if calls == at:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args, **more)
+
+    monkeypatch.setattr(torch, "stack", stack)
+    found = m.marginals()
+    assert torch.allclose(found.columns, true.columns, rtol=1e-4, atol=1e-10)
+    assert torch.allclose(found.rows, true.rows, rtol=1e-4)
