@@ -97,7 +97,7 @@ def search_mask(
     """
     config, options = _resolved(config, settings)
     place = RunDirectory(Path(output)) if output is not None else None
-    replay = _replay(model, data, eval_data, options, config, revision)
+    replay = _replay(model, data, eval_data, options, config, processor, revision)
     if place is not None:
         place.check(replay, fresh=fresh)  # before the work of loading
     show = Progress(progress)
@@ -114,7 +114,7 @@ def search_mask(
         # Claimed only now: bad data or a bad setting must not leave a directory in use.
         with place.claimed(replay, fresh=fresh) if place else nullcontext():
             if place is not None:
-                for note in place.settle(problem.about, environment()):
+                for note in place.settle(replay, problem.about, environment()):
                     show.say(note)
             with _as_it_came(problem.model), _shared_ledger(problem, config, place) as ledger:
                 result = Run(problem, config, ledger, place=place, show=show).result()
@@ -131,10 +131,9 @@ def _shared_ledger(
     if place is None and config.workers == 1:
         yield Ledger()
         return
-    with TemporaryDirectory() as scratch:
-        ledger = Ledger(place.ledger if place else Path(scratch))
-        assert ledger.directory is not None
-        with workers(config.workers - 1, help_out, (problem, config), ledger.directory):
+    with nullcontext(place.ledger) if place else TemporaryDirectory() as directory:
+        ledger = Ledger(Path(directory))
+        with workers(config.workers - 1, help_out, (problem, config), Path(directory)):
             yield ledger
 
 
@@ -230,6 +229,7 @@ def _replay(
     eval_data: Any,
     options: DataConfig,
     config: SearchConfig,
+    processor: Any,
     revision: str | None,
 ) -> dict[str, Any]:
     """The settings that make a run again: its `config.yaml`."""
@@ -238,6 +238,7 @@ def _replay(
         "revision": revision,
         "data": _name(data),
         "eval_data": _name(eval_data),
+        "processor": _name(processor),
         **options.to_dict(),
         **config.to_dict(),
     }

@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -69,21 +70,22 @@ def guarded(
     @functools.wraps(command)
     def run(**kwargs: Any) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
+        told = functools.partial(goes_on, began=time.time(), **kwargs)
         try:
             command(**kwargs)
         except ResourceError as error:
-            _end(f"ird-search: {error} {goes_on(**kwargs)}", error.exit_code)
+            _end(f"ird-search: {error} {told()}", error.exit_code)
         except IRDError as error:
             _end(f"ird-search: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _end(f"Interrupted. {goes_on(**kwargs)}", 128 + signal.SIGINT)
+            _end(f"Interrupted. {told()}", 128 + signal.SIGINT)
         except _Terminated:
-            _end(f"Terminated. {goes_on(**kwargs)}", 128 + signal.SIGTERM)
+            _end(f"Terminated. {told()}", 128 + signal.SIGTERM)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            smaller = "Lower --batch-size, --fisher-tokens or --cache-mb." * bool(goes_on(**kwargs))
-            text = f"ird-search: out of memory. {smaller} {goes_on(**kwargs)}"
+            smaller = "Lower --batch-size, --fisher-tokens or --cache-mb." * bool(told())
+            text = f"ird-search: out of memory. {smaller} {told()}"
             _end(text, ResourceError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -91,9 +93,10 @@ def guarded(
     return run
 
 
-def _resume(output: Path, **_: Any) -> str:
-    """What takes up a run in this directory; empty where nothing is in it yet."""
-    if not (output / "config.yaml").exists():
+def _resume(output: Path, fresh: bool = False, *, began: float = 0.0, **_: Any) -> str:
+    """What takes up the run in this directory; of a fresh one, if it has begun."""
+    config = output / "config.yaml"
+    if not config.exists() or (fresh and config.stat().st_mtime < began):
         return "Nothing was written yet: start it again."
     return f"Go on with: ird-search resume {shlex.quote(str(output))}"
 
@@ -219,7 +222,8 @@ def resume(
     module = import_module("ird_search.status")
     found = module.Status.of(output)
     if found.state == "finished":
-        print(module.checked(output))
+        told = module.checked(output)
+        print(json.dumps({**found.to_dict(), "told": told}, indent=1) if as_json else told)
         return
     if not found.command:
         raise UsageError(_not_by_name(found))

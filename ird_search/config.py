@@ -208,6 +208,8 @@ def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
         return "" if good else f"{f.name} is {value!r}; it must be a list of strings."
     if isinstance(value, bool) or not isinstance(value, (int, float) if base is float else int):
         return f"{f.name} is {value!r}; it must be a number."
+    if value in (float("inf"), float("-inf")):
+        return f"{f.name} is {value}; it must be a finite number."
     above = low is None or (value > low if f.metadata["open"] else value >= low)
     if above and (high is None or value <= high) and value == value:
         return ""

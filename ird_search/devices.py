@@ -49,8 +49,11 @@ def computing(*, processes: int = 1, strict: bool = False) -> Iterator[None]:
             of a sum do not depend on how many processes or cores there are.
     """
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         if strict:
+            # cuBLAS reads it when it is used first; without it torch refuses its products.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if strict or processes > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
@@ -58,7 +61,8 @@ def computing(*, processes: int = 1, strict: bool = False) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        if strict:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def release_memory() -> None:

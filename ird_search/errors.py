@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can('|no)t allocate memory|failed to map segment", re.IGNORECASE
+    "out of memory|can('|no)t allocate memory|failed to map segment|_ALLOC_FAILED|bad_alloc",
+    re.IGNORECASE,
 )
 
 
@@ -72,6 +73,8 @@ class ResourceError(IRDError, RuntimeError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's own error, or what torch, the system or its loader say."""
+    if isinstance(error, IRDError):  # which tells of it, and what to do
+        return False
     return isinstance(error, MemoryError) or (
         isinstance(error, (RuntimeError, OSError, ImportError))
         and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -7,20 +7,35 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ird_search.crash import crash_point
 from ird_search.errors import ResourceError, UsageError
 
-_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE}
+_MISPLACED = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.ELOOP,
+}
+"""Errors that mean a wrong place. All others (full, over a quota, faulty, gone) may pass."""
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, first: bool = False) -> None:
     """Put `data` at `path`, so that a crash at any moment leaves the old file or the new one.
 
     The bytes go to a temporary file beside it, are forced to the disk and read back, and only then
     take the name. Missing parent directories are made.
+
+    Args:
+        first: a file that another process has put there meanwhile stays.
 
     Raises:
         UsageError: the place cannot be written (a read-only directory, a file for a parent).
@@ -40,7 +55,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_and_check(temporary, data)
         crash_point("file written")
-        os.replace(temporary, path)
+        _take_name(temporary, path, first=first)
         crash_point("file in place")
         _sync_directory(path.parent)
     except BaseException as error:  # an interrupt, too, must leave no temporary file behind
@@ -75,12 +90,12 @@ def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with _explaining(path):
+        with explaining(path):
             _refuse_existing(path)
             temporary.mkdir(parents=True)
-        with _explaining(path, _EXHAUSTED):
+        with explaining(path, misplaced=False):
             yield temporary
-        with _explaining(path):
+        with explaining(path):
             _sync_files(temporary)
             _refuse_existing(path)  # a rename would replace an empty directory
             os.rename(temporary, path)
@@ -95,7 +110,7 @@ def make_directory(path: Path) -> None:
     Raises:
         UsageError, ResourceError: see `write_atomically`.
     """
-    with _explaining(path):
+    with explaining(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -112,6 +127,20 @@ def _write_and_check(path: Path, data: bytes) -> None:
         file.seek(0)
         if file.read() != data:
             raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+
+
+def _take_name(temporary: Path, path: Path, *, first: bool) -> None:
+    if first:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+            return
+        temporary.unlink()
+        return
+    os.replace(temporary, path)
 
 
 def _sync_files(directory: Path) -> None:
@@ -133,16 +162,16 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explaining(path: Path, numbers: Collection[int] | None = None) -> Iterator[None]:
+def explaining(path: Path, *, misplaced: bool = True) -> Iterator[None]:
     """Say of the block's errors that the directory `path` cannot be written.
 
     Args:
-        numbers: of which errors; of every OSError by default.
+        misplaced: also of those that mean a wrong place.
     """
     try:
         yield
     except OSError as error:
-        if numbers is None or error.errno in numbers:
+        if misplaced or error.errno not in _MISPLACED:
             raise _explained(error, path) from error
         raise
 
@@ -151,7 +180,7 @@ def _explained(error: OSError, path: Path, size: int | None = None) -> UsageErro
     """What an error of the disk means for the file `path` of this size, or for a directory."""
     reason = error.strerror or str(error)
     kind, of_size = ("place", "") if size is None else ("file", f" ({size:,} bytes)")
-    if error.errno in _EXHAUSTED:
+    if error.errno not in _MISPLACED:
         return ResourceError(
             f"{path} could not be written{of_size}: {reason}. What was there before is untouched. "
             "Make room or choose another disk, then continue."

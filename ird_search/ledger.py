@@ -5,9 +5,9 @@ check of the samples. What is in the ledger is not done again: a run that was in
 where it stopped, two candidates with one mask cost one fine-tune, and several processes share the
 work of one run.
 
-    <kind>-<key>.json           the result, with its own hash and that of the tensors
-    <kind>-<key>.safetensors    the tensors of a unit that has some, written before the former
-    claims                      locked at one byte for each unit that a process is working on
+    <kind>-<key>.json                   the result, with its own hash and that of the tensors
+    <kind>-<key>-<hash>.safetensors     the tensors of a unit that has some, written before
+    claims                              locked at a byte for each unit that a process works on
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ird_search.crash import crash_point
-from ird_search.files import make_directory, write_atomically
+from ird_search.files import explaining, make_directory, write_atomically
+from ird_search.sealed import seal, unseal
 
-Kind = Literal["proxy", "narrowing", "fisher", "head", "check"]
+UnitKind = Literal["proxy", "narrowing", "fisher", "head", "check"]
 
 POLL = 0.02
 """Seconds between two looks at what other processes have finished."""
@@ -64,7 +65,7 @@ class Job:
         do: computes the unit; the same from the same inputs, in whatever process.
     """
 
-    kind: Kind
+    kind: UnitKind
     key: str
     do: Callable[[], Unit]
 
@@ -92,10 +93,11 @@ class Ledger:
     def __init__(self, directory: Path | None = None, *, lease: float = LEASE) -> None:
         self.directory, self.lease = directory, lease
         self._units: dict[str, Unit] = {}
+        self._longest = 0.0
         if directory is not None:
             make_directory(directory)
 
-    def get(self, kind: Kind, key: str) -> Unit | None:
+    def get(self, kind: UnitKind, key: str) -> Unit | None:
         """A finished unit, or None."""
         name = f"{kind}-{key}"
         if name in self._units or self.directory is None:
@@ -105,7 +107,7 @@ class Ledger:
             self._units[name] = unit
         return unit
 
-    def put(self, kind: Kind, key: str, unit: Unit) -> None:
+    def put(self, kind: UnitKind, key: str, unit: Unit) -> None:
         """Record a finished unit. Where another process was first, its record stays.
 
         Raises:
@@ -115,33 +117,34 @@ class Ledger:
         if self.directory is None:
             self._units[name] = Unit(dict(unit.result), unit.tensors)
             return
-        if _read(self.directory / f"{name}.json", key) is not None:
+        path = self.directory / f"{name}.json"
+        if _read(path, key) is not None:
             return
         said: dict[str, Any] = {"key": key, "result": dict(unit.result)}
         if unit.tensors:
             data = save({n: t.detach().cpu().clone() for n, t in unit.tensors.items()})
             said["tensors"] = hashlib.sha256(data).hexdigest()
-            write_atomically(self.directory / f"{name}.safetensors", data)
+            write_atomically(_tensors_of(path, said["tensors"]), data)
             crash_point("tensors recorded")
-        text = json.dumps({**said, "sha256": _sum(said)}, allow_nan=False)
-        write_atomically(self.directory / f"{name}.json", text.encode())
+        write_atomically(path, seal(said), first=not path.exists())  # a damaged one is replaced
         crash_point("unit recorded")
 
-    def drop(self, kind: Kind, key: str) -> None:
+    def drop(self, kind: UnitKind, key: str) -> None:
         """Take away a unit that a later one holds as well."""
         name = f"{kind}-{key}"
         self._units.pop(name, None)
         if self.directory is not None:
-            for suffix in ("json", "safetensors"):  # the tensors without it count as nothing
-                (self.directory / f"{name}.{suffix}").unlink(missing_ok=True)
+            (self.directory / f"{name}.json").unlink(missing_ok=True)
+            for path in self.directory.glob(f"{name}-*"):  # its tensors
+                path.unlink(missing_ok=True)
 
-    def clear(self, kind: Kind) -> None:
+    def clear(self, kind: UnitKind) -> None:
         """Take away all units of a kind."""
         self._units = {n: u for n, u in self._units.items() if not n.startswith(f"{kind}-")}
         for path in self.directory.glob(f"{kind}-*") if self.directory is not None else ():
             path.unlink(missing_ok=True)
 
-    def finished(self, kind: Kind) -> Iterator[Unit]:
+    def finished(self, kind: UnitKind) -> Iterator[Unit]:
         """All units of a kind that can be read."""
         found = [unit for name, unit in self._units.items() if name.startswith(f"{kind}-")]
         if self.directory is not None:
@@ -151,17 +154,22 @@ class Ledger:
         yield from found
 
     @contextlib.contextmanager
-    def claimed(self, key: str) -> Iterator[bool]:
+    def claimed(self, key: str, *, again: bool = False) -> Iterator[bool]:
         """Whether this process may do a unit: no other may, until the block or the process ends.
 
         One at a time in each process.
+
+        Args:
+            again: the claim of one that does a unit which is claimed already.
         """
         if self.directory is None:
             yield True
             return
-        place = int(key[:15], 16)  # the lock of one byte; the file stays empty
-        with open(self.directory / "claims", "ab") as file:  # closing it gives the lock back
-            try:
+        place = int(key[:15], 16) + again  # the lock of one byte; the file stays empty
+        with contextlib.ExitStack() as stack:
+            with explaining(self.directory):
+                file = stack.enter_context(open(self.directory / "claims", "ab"))
+            try:  # closing the file gives the lock back
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             except OSError:
                 yield False
@@ -178,8 +186,8 @@ class Ledger:
         """The units of all jobs, each done by whichever process claims it first.
 
         What another process works on is waited for. One that was stopped, not killed, keeps its
-        claim; once it has had `lease` seconds, and four times as long as the longest job here, its
-        job is done again. Both give the same unit.
+        claim; once it has had `lease` seconds, and four times as long as the longest job here, one
+        other process does its job again. Both give the same unit.
 
         Args:
             wait: leave all the work to others.
@@ -187,17 +195,18 @@ class Ledger:
         """
         done: dict[str, Unit] = {}
         left = {job.key: job for job in jobs}
-        waiting_since, longest = time.monotonic(), 0.0
+        waiting_since = time.monotonic()
         while left:
             before = len(left)
-            stolen = not wait and time.monotonic() - waiting_since > max(self.lease, 4 * longest)
+            waited = time.monotonic() - waiting_since
+            overdue = not wait and waited > max(self.lease, 4 * self._longest)
             for job in list(left.values()):
                 began = time.monotonic()
                 unit = self.get(job.kind, job.key)
                 if unit is None and not wait:
-                    unit = self._do(job, stolen=stolen)
+                    unit = self._do(job) or (self._do(job, again=True) if overdue else None)
                 if unit is not None:
-                    longest = max(longest, time.monotonic() - began)
+                    self._longest = max(self._longest, time.monotonic() - began)
                     waiting_since = time.monotonic()
                     done[job.key] = unit
                     del left[job.key]
@@ -206,11 +215,11 @@ class Ledger:
                 time.sleep(POLL)
         return [done[job.key] for job in jobs]
 
-    def _do(self, job: Job, *, stolen: bool) -> Unit | None:
+    def _do(self, job: Job, *, again: bool = False) -> Unit | None:
         """The unit, if it is there by now or this process may do it."""
-        with self.claimed(job.key) as mine:
+        with self.claimed(job.key, again=again) as mine:
             unit = self.get(job.kind, job.key)  # another may have finished it just before
-            if unit is None and (mine or stolen):
+            if unit is None and mine:
                 crash_point("unit claimed")
                 self.put(job.kind, job.key, job.do())
                 unit = self.get(job.kind, job.key)
@@ -223,24 +232,22 @@ class Ledger:
         return sum(1 for _ in self.directory.glob("*.json"))
 
 
+def _tensors_of(path: Path, sha256: str) -> Path:
+    """Named by what is in it: two processes that record one unit never mix their files."""
+    return path.with_name(f"{path.stem}-{sha256[:16]}.safetensors")
+
+
 def _read(path: Path, key: str) -> Unit | None:
     """A unit from its files; None where they are not there, torn, edited, or of another key."""
     try:
-        stored = json.loads(path.read_bytes())
-        claimed = stored.pop("sha256")
-        if (stored["key"], _sum(stored)) != (key, claimed):
+        stored = unseal(path.read_bytes())
+        if stored is None or stored["key"] != key:
             return None
         if "tensors" not in stored:
             return Unit(stored["result"])
-        data = path.with_suffix(".safetensors").read_bytes()
+        data = _tensors_of(path, stored["tensors"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != stored["tensors"]:
             return None
         return Unit(stored["result"], load(data))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError, TypeError, SafetensorError):
         return None
-    except (RecursionError, SafetensorError):
-        return None
-
-
-def _sum(said: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

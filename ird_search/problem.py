@@ -7,8 +7,10 @@ door everything sees the same types.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from torch import nn
 
 from ird_search.artifact import weights_sha256
-from ird_search.borrow import borrowed
+from ird_search.artifact.matching import weight_lines
+from ird_search.borrow import borrowed, unwrapped
 from ird_search.columns import IDS
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.devices import resolve_device
@@ -43,6 +46,10 @@ HELD_OUT_SHARE = 0.25
 """At most this share of the data is held out where no evaluation data was given."""
 
 
+BESIDE_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version", "use_cache")
+"""What a config says of where it came from, or of how its model is used."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model, its task, the candidate parameters, and three disjoint sample sets.
@@ -67,15 +74,27 @@ class Problem:
     device: torch.device
     source: Mapping[str, Any]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Identifies weights, data and candidates: part of every finished unit's address."""
+        """Identifies model, task, data and candidates: part of every finished unit's address."""
         sets = (self.train, self.choose, self.verdict)
         parts = [self.source["weights_sha256"], self.space.fingerprint, *self.head]
-        parts += [s.fingerprint for s in sets]
+        parts += [s.fingerprint for s in sets] + [self._architecture]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    @property
+    @cached_property
+    def _architecture(self) -> str:
+        """SHA-256 of what besides its weights makes the model what it is, and of the task."""
+        config: Any = getattr(unwrapped(self.model), "config", None)
+        told = config.to_dict() if hasattr(config, "to_dict") else {}
+        told = {k: v for k, v in told.items() if k not in BESIDE_THE_MODEL}
+        buffers = weight_lines(dict(self.model.named_buffers())).values()
+        padding = [(s.pad, s.pad_side) for s in (self.train, self.choose)]
+        parts = [repr(self.model), repr(sorted(told.items(), key=str)), *buffers]
+        text = "\n".join([*parts, repr(self.task), repr(padding)])
+        return hashlib.sha256(re.sub("0x[0-9a-f]+", "", text).encode()).hexdigest()
+
+    @cached_property
     def about(self) -> dict[str, str]:
         """The parts of the fingerprint in words, to tell which of them differs."""
         sets = {"training": self.train, "choosing": self.choose, "verdict": self.verdict}
@@ -83,6 +102,7 @@ class Problem:
             "weights": f"sha256 {self.source['weights_sha256'][:16]}",
             "candidates": f"{self.space.numel:,} parameters, sha256 {self.space.fingerprint[:16]}",
             "head": ", ".join(self.head),
+            "model, buffers and task": f"sha256 {self._architecture[:16]}",
         } | {
             f"{name} samples": f"{len(s):,}, sha256 {s.fingerprint[:16]}"
             for name, s in sets.items()

@@ -248,8 +248,8 @@ class Proxies:
             }
             return Unit({name: bad.nonzero().flatten().tolist() for name, bad in found.items()})
 
-        orders = [c.proxy_steps, c.warmup_steps, c.batch_size, c.seeds, c.seed]
-        key = unit_key({"check": orders, "problem": p.fingerprint})
+        looks = {"check": self._orders(), "batch": c.batch_size, "problem": p.fingerprint}
+        key = unit_key(looks)
         (unit,) = self.ledger.finish([Job("check", key, looked)])
         bad = {name: torch.tensor(at, dtype=torch.int64) for name, at in unit.result.items()}
         for name, samples in looked_at.items():
@@ -443,6 +443,8 @@ class Proxies:
         loss, rate, seed = float(found.losses.mean()), attempt.rate, attempt.seed
         if not np.isfinite(loss):
             return Trial(rate, seed, 0.0, 0.0, {}, seconds, "the held-out loss is not finite")
+        if odd := [name for name, value in found.metrics.items() if not np.isfinite(value)]:
+            return Trial(rate, seed, 0.0, 0.0, {}, seconds, f"{odd[0]} is not finite")
         score = 1 - found.metrics["auc"] if self.config.score == "auc" else loss
         return Trial(rate, seed, loss, score, found.metrics, seconds)
 

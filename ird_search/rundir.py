@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ import yaml
 from ird_search.config import BESIDE_THE_RESULT
 from ird_search.crash import crash_point
 from ird_search.errors import DataError, ModelError, UsageError
-from ird_search.files import write_atomically
+from ird_search.files import explaining, write_atomically
+from ird_search.sealed import seal, unseal
 
 CONFIG, ABOUT, STUDY = "config.yaml", "run.json", "study.db"
 ROUNDS, REPORT, MASK = "rounds.jsonl", "report.md", "mask.safetensors"
@@ -77,29 +78,36 @@ class RunDirectory:
                 process is writing it.
         """
         self.check(settings, fresh=fresh)
+        lock = self._locked()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UsageError(
-                f"The output directory {self.path} cannot be used: {error.strerror}."
-            ) from error
-        try:
-            self._lock(lock)
             self.check(settings, fresh=fresh)  # again: whoever held the lock may have written
             if fresh:
                 self._clear()
-            new = not (self.path / CONFIG).exists()
+            new = not self.config.exists()
             self._sweep()
             self.write(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
             crash_point("directory claimed")
             try:
                 yield
-            except (DataError, ModelError, UsageError):
-                if new:
+            except (DataError, ModelError, UsageError) as error:
+                done = any(self.ledger.glob("*.json"))
+                if new and not (done and isinstance(error, UsageError)):
                     self._clear()
                     self._leave()
                 raise
+        finally:
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others from writing, where nothing is to be claimed.
+
+        Raises:
+            UsageError: another process writes the directory.
+        """
+        lock = self._locked()
+        try:
+            yield
         finally:
             os.close(lock)
 
@@ -111,10 +119,13 @@ class RunDirectory:
         """One JSON document a line, one line a round."""
         self.write(ROUNDS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rounds))
 
-    def settle(self, about: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
+    def settle(
+        self, settings: Mapping[str, Any], about: Mapping[str, str], versions: Mapping[str, str]
+    ) -> list[str]:
         """Note what the run works on; where that is noted already, it must be the same.
 
         Args:
+            settings: compared again, since anyone may edit `config.yaml`.
             about: what a difference would be told of: the weights, the samples.
             versions: of the libraries; they may differ.
 
@@ -122,14 +133,20 @@ class RunDirectory:
             What a person should know: other versions than the run began with.
 
         Raises:
-            UsageError: model or data changed since the run was interrupted.
+            UsageError: settings, model or data changed since the run was interrupted.
         """
-        before = _sealed(self.path / ABOUT)
+        try:
+            before = unseal((self.path / ABOUT).read_bytes())
+        except OSError:
+            before = None
+        kept = {k: v for k, v in settings.items() if k not in BESIDE_THE_RESULT}
+        now = json.loads(json.dumps({"settings": kept, "about": about, "versions": versions}))
         if before is None:  # a damaged one too: what it guards is checked unit by unit as well
-            now = {"about": dict(about), "versions": dict(versions)}
-            self.write(ABOUT, json.dumps({**now, "sha256": _sum(now)}, indent=1))
+            write_atomically(self.path / ABOUT, seal(now))
             return []
-        changed = _differences(before["about"], about)
+        changed = _differences(
+            {**before["settings"], **before["about"]}, {**now["settings"], **now["about"]}
+        )
         if changed:
             raise UsageError(
                 f"What the unfinished run in {self.path} works on has changed: {changed}. Put it "
@@ -220,18 +237,40 @@ class RunDirectory:
             os.close(lock)
         return None
 
-    def _lock(self, lock: int) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            other = os.read(lock, 32).decode(errors="replace").strip()
-            raise UsageError(
-                f"The output directory {self.path} is in use by process {other or 'unknown'}. "
-                "Wait for it, or choose another directory."
-            ) from None
+    def _locked(self) -> int:
+        """The open lock file, held until it is closed; the system closes it with the process."""
+        until = time.monotonic() + 1  # whoever asks for the status holds it for a moment
+        while True:
+            with explaining(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another may have taken the file away before this one was locked.
+                if os.path.exists(self.path / LOCK) and os.path.samestat(
+                    os.fstat(lock), os.stat(self.path / LOCK)
+                ):
+                    break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    other = os.read(lock, 32).decode(errors="replace").strip()
+                    os.close(lock)
+                    raise UsageError(
+                        f"The output directory {self.path} is in use by process "
+                        f"{other or 'unknown'}. Wait for it, or choose another directory."
+                    ) from None
+                time.sleep(0.02)
+            except OSError as error:
+                os.close(lock)
+                raise UsageError(
+                    f"The output directory {self.path} cannot be locked: {error.strerror}. Choose "
+                    "one on a file system with locks."
+                ) from error
+            os.close(lock)
         with contextlib.suppress(OSError):  # on a full disk the next file tells
             os.ftruncate(lock, 0)
             os.write(lock, str(os.getpid()).encode())
+        return lock
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -241,27 +280,14 @@ def read_config(path: Path) -> dict[str, Any]:
         UsageError: it is missing, no YAML, or no mapping.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UsageError(f"The config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"The config {path} is no YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(settings, dict):
         raise UsageError(f"The config {path} must hold `name: value` lines.")
     return settings
-
-
-def _sealed(path: Path) -> dict[str, Any] | None:
-    """A JSON object with its own hash; None where there is none, or a damaged one."""
-    try:
-        found = json.loads(path.read_bytes())
-        return found if found.pop("sha256") == _sum(found) else None
-    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        return None
-
-
-def _sum(found: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ird_search.artifact import load_mask
-from ird_search.errors import UsageError
-from ird_search.ledger import Kind, Ledger
+from ird_search.errors import ArtifactError, UsageError
+from ird_search.ledger import Ledger, UnitKind
 from ird_search.rundir import RunDirectory, read_config
 from ird_search.study import restored
 
@@ -96,10 +96,17 @@ def checked(path: str | Path) -> str:
         ArtifactError: the mask is damaged.
     """
     place = RunDirectory(Path(path))
-    mask = load_mask(place.mask)
+    try:
+        mask = load_mask(place.mask)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error} The ledger can make it again: remove {place.mask.name}, then "
+            f"ird-search resume {shlex.quote(str(path))}."
+        ) from error
     text = f"{path} is finished: {place.mask} is whole, {mask.count:,} parameters."
-    if place.ledger.is_dir() and restored(place.study, Ledger(place.ledger)):
-        text += f" {place.study.name} was damaged and is made again from the ledger."
+    with place.held():
+        if place.ledger.is_dir() and restored(place.study, Ledger(place.ledger)):
+            text += f" {place.study.name} was damaged and is made again from the ledger."
     return text
 
 
@@ -108,7 +115,7 @@ def resume_command(path: str | Path, settings: Mapping[str, Any]) -> str:
 
     Empty where model or data were objects of a Python program, which has to be run again.
     """
-    named = (settings.get("model"), settings.get("data"), settings.get("eval_data"))
+    named = [settings.get(key) for key in ("model", "data", "eval_data", "processor")]
     if any(str(name).startswith("<") for name in named):
         return ""
     return f"ird-search resume {shlex.quote(str(path))}"
@@ -124,15 +131,16 @@ def _moved(done: Mapping[str, Any]) -> str:
 
 def _units(directory: Path) -> tuple[dict[str, int], int, dict[str, int]]:
     """(finished units by kind, damaged ones, reasons of failed fine-tunes)."""
-    kinds = get_args(Kind)
+    kinds = get_args(UnitKind)
     if not directory.is_dir():
         return dict.fromkeys(kinds, 0), 0, {}
     ledger, failures = Ledger(directory), dict[str, int]()
+    there = len(ledger)  # before they are read: a run may add some meanwhile
     found = {kind: list(ledger.finished(kind)) for kind in kinds}
     for unit in found["proxy"]:
         if reason := unit.result["trial"]["failure"]:
             failures[reason] = failures.get(reason, 0) + 1
-    damaged = len(ledger) - sum(map(len, found.values()))
+    damaged = max(0, there - sum(map(len, found.values())))
     return {kind: len(units) for kind, units in found.items()}, damaged, failures
 
 

@@ -84,12 +84,12 @@ def _storage(path: Path) -> RDBStorage:
 
 
 def restored(path: Path, ledger: Ledger) -> bool:
-    """Make a study again from the ledger where it cannot be read or lacks a trial."""
+    """Make a study again from the ledger where it cannot be read or lacks a trial of it."""
     done = list(ledger.finished("proxy"))
     try:
         with _quiet():
             found = optuna.load_study(study_name=NAME, storage=_storage(path))
-            if len(found.trials) == len(done):
+            if len(found.trials) >= len(done):  # fewer: a unit was lost since, and no trial
                 return False
     except (KeyError, StorageInternalError, SQLAlchemyError, ValueError):
         pass  # no study in it, no SQLite, or a torn one

@@ -114,7 +114,7 @@ class Regression(Task):
         return {
             "pearson": _correlation(predicted, gold),
             "spearman": _correlation(stats.rankdata(predicted), stats.rankdata(gold)),
-            "mse": float(np.square(predicted - gold).mean()),
+            "mse": float(np.square(predicted.astype(np.float64) - gold).mean()),
         }
 
 

@@ -151,8 +151,8 @@ def give_verdict(
     for (kind, _), trial in zip(attempts, found, strict=True):
         trials[kind].append(trial)
     entries = [_entry(k, firsts[k], probes[k], trials[k], proxies.problem) for k in draw]
-    problem = proxies.problem
-    return Verdict(tuple(entries), problem.task.metric, len(problem.verdict))
+    judged = len(proxies.sets["verdict"])
+    return Verdict(tuple(entries), proxies.problem.task.metric, judged)
 
 
 def fish_samples(winner: Scored, train: SampleSet, *, seed: int, s: int) -> SampleSet:

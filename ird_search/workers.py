@@ -16,10 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ird_search.errors import UsageError
+from ird_search.files import write_atomically
 
 Target = Callable[[bytes, Path], None]
 
@@ -35,23 +35,38 @@ def workers(count: int, target: Target, payload: Any, directory: Path) -> Iterat
         yield
         return
     context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as private:
-        # A file, since a pipe would wait for a worker that is stopped before it has read it.
-        path = Path(private) / "payload"
-        path.write_bytes(_pickled(payload))
-        started = [
-            context.Process(target=_work, args=(target, path, directory), daemon=True)
-            for _ in range(count)
-        ]
-        try:
+    # A file, since a pipe would wait for a worker that is stopped before it has read it. Its name
+    # says that nobody needs it once its process is gone.
+    path = directory / ".payload.tmp"
+    write_atomically(path, _pickled(payload))
+    started = [
+        context.Process(target=_work, args=(target, path, directory), daemon=True)
+        for _ in range(count)
+    ]
+    try:
+        with _interrupts_held():
             for process in started:
                 process.start()
-            yield
-        finally:
-            for process in started:
-                if process.pid is not None:
-                    process.kill()  # what it was doing is in nobody's way
-                    process.join()
+        yield
+    finally:
+        for process in started:
+            if process.pid is not None:
+                process.kill()  # what it was doing is in nobody's way
+                process.join()
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C is ignored meanwhile, also by what is started: this process ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _pickled(payload: Any) -> bytes:
@@ -66,7 +81,6 @@ def _pickled(payload: Any) -> bytes:
 
 
 def _work(target: Target, payload: Path, directory: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         target(payload.read_bytes(), directory)

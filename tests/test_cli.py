@@ -174,7 +174,7 @@ def test_an_option_overrides_the_config(place: Path, tmp_path: Path) -> None:
 def test_every_setting_is_resolved(finished: tuple[Path, Result]) -> None:
     resolved = yaml.safe_load((finished[0] / "config.yaml").read_text())
     names = {f.name for c in (SearchConfig, DataConfig) for f in fields(c)}
-    assert resolved.keys() == names | {"model", "data", "eval_data", "revision"}
+    assert resolved.keys() == names | {"model", "data", "eval_data", "processor", "revision"}
 
 
 # --- help, env, inspect -------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_damaged_files_of_a_run(b: Bench, half: Path) -> None:
 
 
 def test_what_changed_before_a_resume_is_refused(b: Bench, half: Path) -> None:
-    kept(ledger.changed(b, half), at_least=4)
+    kept(ledger.changed(b, half), at_least=6)
 
 
 def test_a_fresh_start(b: Bench, half: Path) -> None:

@@ -199,7 +199,7 @@ def test_rows_and_columns_have_one_total(case: Case) -> None:
 def bytes_of_all_factors(p: Problem) -> int:
     m = matrix_of(p, cache_bytes=HUGE, tokens=16)
     m.marginals()
-    return sum(m._held.values())
+    return sum(m._bytes.values())
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 100])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from ird_search.errors import DataError, NoProxySucceeded, UsageError
+from ird_search.errors import DataError, NoProxySucceeded, ResourceError, UsageError
+from ird_search.ledger import Ledger, Unit, unit_key
 from ird_search.rundir import CONFIG, LOCK, MASK, ROUNDS, RunDirectory, read_config
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "density": 0.005, "include": [], "limit": None}
 
 HOLDER = """
 import sys
+import threading
 from pathlib import Path
 from ird_search.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claimed({"model": "tiny"}):
@@ -150,3 +156,52 @@ def test_a_config_that_is_none(tmp_path: Path, text: str | bytes | None, words: 
     with pytest.raises(UsageError) as error:
         read_config(path)
     assert words in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_fault_of_the_file_system_takes_no_finished_unit_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle may pass; and whatever the error is called, what is done stays."""
+    place = RunDirectory(tmp_path / "run")
+
+    def fault(number: int) -> None:
+        def replace(*args: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            place.write_rounds([])
+
+    for number, kind in ((errno.ESTALE, ResourceError), (errno.EACCES, UsageError)):
+        with pytest.raises(kind), place.claimed(SETTINGS):
+            Ledger(place.ledger).put("proxy", unit_key({}), Unit({}))
+            fault(number)
+        assert len(Ledger(place.ledger)) == 1 and CONFIG in files(place.path)
+
+
+def test_whoever_looks_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    place = RunDirectory(tmp_path)
+    with place.held():
+        with pytest.raises(UsageError, match=f"in use by process {os.getpid()}"), place.held():
+            pass
+        lock = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, [lock]).start()
+    with place.claimed(SETTINGS):
+        pass
+    assert place.process() is None
+
+
+def test_what_a_run_works_on_is_noted_and_compared(tmp_path: Path) -> None:
+    place = RunDirectory(tmp_path)
+    about, versions = {"weights": "sha256 ab"}, {"torch": "2.13"}
+    assert place.settle(SETTINGS, about, versions) == []
+    assert place.settle({**SETTINGS, "workers": 4}, about, versions) == []
+    (note,) = place.settle(SETTINGS, about, {"torch": "2.14"})
+    assert "torch was '2.13', is '2.14'" in note
+    with pytest.raises(UsageError, match=r"weights was 'sha256 ab', is 'sha256 cd'.*--fresh"):
+        place.settle(SETTINGS, {"weights": "sha256 cd"}, versions)
+    with pytest.raises(UsageError, match=r"density was 0.005, is 0.5"):
+        place.settle({**SETTINGS, "density": 0.5}, about, versions)
+    (tmp_path / "run.json").write_text("{}")  # damaged: noted anew
+    assert place.settle(SETTINGS, {"weights": "sha256 cd"}, versions) == []

@@ -81,12 +81,14 @@ def studies(half: Path) -> Row:
 def changed(b: Bench, half: Path) -> Row:
     """One byte of the model, the data or the settings is another one at the resume."""
     model, rows = b.place / "model" / "model.safetensors", b.place / "rows.csv"
-    config = half / "config.yaml"
+    config, settings = half / "config.yaml", model.with_name("config.json")
     edits: dict[str, tuple[Path, bytes, bytes, str]] = {
         "a weight": (model, model.read_bytes()[-1:], b"", "weights was"),
         "a word of the data": (rows, b"film", b"good", "samples was"),
         "a row less": (rows, rows.read_bytes().splitlines(keepends=True)[-1], b"", "samples was"),
-        "a setting": (config, b"density: 0.02", b"density: 0.03", ""),
+        "an activation": (settings, b'"gelu"', b'"relu"', "model, buffers and task was"),
+        "a setting": (config, b"density: 0.02", b"density: 0.03", "density was 0.02, is 0.03"),
+        "an option": (config, b"density: 0.02", b"density: 0.03", "density was 0.03, is 0.02"),
     }
     wrong = []
     for name, (path, old, new, said) in edits.items():
@@ -95,12 +97,11 @@ def changed(b: Bench, half: Path) -> Row:
         new = bytes([before[-1] ^ 1]) if name == "a weight" else new
         path.write_bytes(before[:at] + new + before[at + len(old) :])
         try:
-            words = command(b.place, half) if path == config else ["resume", str(half)]
+            words = command(b.place, half) if name == "an option" else ["resume", str(half)]
             ended = b.runner.run(words)
         finally:
             path.write_bytes(before)
-        expected = "density was 0.03, is 0.02" if path == config else said
-        if ended.code != 2 or expected not in ended.err or "--fresh" not in ended.err:
+        if ended.code != 2 or said not in ended.err or "--fresh" not in ended.err:
             wrong.append(f"{name}: code {ended.code}: {ended.err[-400:]}")
     promise = "refused with the difference; `--fresh` is offered"
     fault = "model, data or settings changed before the resume"

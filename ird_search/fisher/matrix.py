@@ -121,7 +121,8 @@ class FisherMatrix:
         self._silent: tuple[str, ...] | None = None
         self._settled = False
         self._kept: dict[tuple[int, ...], _Factors | None] = {}
-        self._held: dict[int, int] = {}
+        self._bytes: dict[tuple[int, ...], int] = {}
+        self._has_room = True
         self._tile: _Tile | None = None
         self._engine: Engine = engine
         self._most: int | None = None
@@ -136,13 +137,15 @@ class FisherMatrix:
         """What the next answers depend on besides the question."""
         tile = None if self._tile is None else (self._tile.rows, self._tile.columns)
         excluded = tuple(sorted(self.excluded))
-        return Memory(excluded, tuple(self._kept), self._settled, self._silent, tile)
+        kept = tuple((rows, self._bytes[rows]) for rows in self._kept)
+        return Memory(excluded, kept, self._settled, self._silent, tile)
 
     def remember(self, memory: Memory) -> None:
         """Go on as a matrix with this memory would."""
         self.excluded = set(memory.excluded)
         self._settled, self._silent = memory.settled, memory.silent
-        self._kept = {rows: self._kept.get(rows) for rows in memory.kept}
+        self._kept = {rows: self._kept.get(rows) for rows, _ in memory.kept}
+        self._bytes = dict(memory.kept)
         if memory.tile is None or self._tile is None or not self._tile.equals(*memory.tile):
             self._tile = None if memory.tile is None else _Tile(*memory.tile)
 
@@ -151,7 +154,7 @@ class FisherMatrix:
 
         Nothing is kept for later passes, and any number of samples may be excluded.
         """
-        return FisherMatrix(
+        there = FisherMatrix(
             self.engine,
             samples,
             self.space,
@@ -162,6 +165,8 @@ class FisherMatrix:
             fallback=self.fallback,
             record=self.record,
         )
+        there._engine, there._most = self._engine, self._most  # where memory ran out before
+        return there
 
     def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:
         """Row scores within a mask and column scores over all parameters, in one streamed pass.
@@ -370,12 +375,14 @@ class FisherMatrix:
 
     def _computed(self, batch: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
         """The finite rows of a batch, through the model. Its factors are kept if all fit."""
-        name = tuple(batch.tolist())
-        keep, parts, held = not self._settled or name in self._kept, [], dict(self._held)
+        name, parts, held = tuple(batch.tolist()), [], dict[int, int]()
+        known, others = name in self._kept, sum(self._bytes.values())
+        keep = self._has_room and (known or not self._settled)
         for have, tensors in self._through_model(batch):
             storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
             held |= {s.data_ptr(): s.nbytes() for s in storages}  # what is shared counts once
-            keep = keep and sum(held.values()) <= self.cache_bytes
+            keep = keep and (known or others + sum(held.values()) <= self.cache_bytes)
+            keep = keep and self._has_room  # memory may have run out meanwhile
             if keep:
                 parts.append((have, tensors))
             if have.numel():
@@ -384,7 +391,8 @@ class FisherMatrix:
                 parts.clear()
                 tensors.clear()
         if keep and parts:
-            self._kept[name], self._held = parts, held
+            self._kept[name] = parts
+            self._bytes.setdefault(name, sum(held.values()))
 
     def _through_model(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
         """(finite rows, gradients by name) of some rows; in halves where memory runs out."""
@@ -410,9 +418,15 @@ class FisherMatrix:
             rows = rows[done:]
 
     def _smaller(self, rows: int, reason: str) -> None:
-        """Take half as many rows at a time from now on; then one by the loop; then give up."""
+        """Keep nothing; then take half as many rows at a time; then one, by the loop; give up."""
+        held, tile = any(self._kept.values()), self._tile
+        if tile is not None and tile.values is not None:
+            held, self._tile = True, _Tile(tile.rows, tile.columns)
+        self._kept, self._has_room = dict.fromkeys(self._kept), False
         release_memory()
-        if rows > 1:
+        if held:
+            log.warning("Out of memory: the Fisher pass keeps no factors any more.")
+        elif rows > 1:
             self._most = rows // 2
             log.warning("Out of memory: batches of the Fisher pass are of %d rows.", self._most)
         elif self.fallback is not None and self._engine is not self.fallback:

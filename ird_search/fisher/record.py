@@ -28,14 +28,14 @@ class Memory:
 
     Args:
         excluded: positions of samples without a finite gradient.
-        kept: the rows of each batch whose factors are kept.
+        kept: the rows of each batch whose factors are kept, and their bytes.
         settled: whether nothing more will be kept.
         silent: tensors that no gradient reached; None before the first pass over all parameters.
         tile: rows and columns of the tile, if there is one.
     """
 
     excluded: tuple[int, ...] = ()
-    kept: tuple[tuple[int, ...], ...] = ()
+    kept: tuple[tuple[tuple[int, ...], int], ...] = ()
     settled: bool = False
     silent: tuple[str, ...] | None = None
     tile: tuple[Tensor, Tensor] | None = None
@@ -48,7 +48,7 @@ class Memory:
         """
         result = {
             "excluded": list(self.excluded),
-            "kept": [list(rows) for rows in self.kept],
+            "kept": [[list(rows), size] for rows, size in self.kept],
             "settled": self.settled,
             "silent": None if self.silent is None else list(self.silent),
         }
@@ -65,7 +65,7 @@ class Memory:
             tile = unit.tensors["tile.rows"], unpacked(unit.tensors["tile.columns"])
         return cls(
             tuple(found["excluded"]),
-            tuple(tuple(rows) for rows in found["kept"]),
+            tuple((tuple(rows), size) for rows, size in found["kept"]),
             found["settled"],
             None if found["silent"] is None else tuple(found["silent"]),
             tile,
@@ -86,13 +86,15 @@ class PassRecord:
     def __init__(self, ledger: Ledger, about: Mapping[str, Any], *, every: float = EVERY) -> None:
         self.ledger, self.about, self.every = ledger, dict(about), every
         self._last, self._took = time.monotonic(), 0.0
+        self._chunks: dict[str, str] = {}
 
     @property
     def due(self) -> bool:
         """Whether it is time to write."""
         if self.ledger.directory is None:  # nothing outlives the process
             return False
-        return time.monotonic() - self._last >= max(self.every, SHARE * self._took)
+        pause = max(self.every, SHARE * self._took) if self.every else 0
+        return time.monotonic() - self._last >= pause
 
     def put(
         self, inputs: Mapping[str, Any], done: int, sums: Mapping[str, Tensor], memory: Memory
@@ -101,14 +103,12 @@ class PassRecord:
         began = time.monotonic()
         unit = memory.to_unit(0 if memory.tile is None else int(memory.tile[1].max()) + 1)
         tensors = {f"sums.{name}": tensor.cpu() for name, tensor in sums.items()}
-        self.ledger.put(
-            "fisher", self._key(inputs, done), Unit(unit.result, {**unit.tensors, **tensors})
-        )
-        for earlier in range(done - 1, 0, -1):
-            key = self._key(inputs, earlier)
-            if self.ledger.get("fisher", key) is None:
-                break
-            self.ledger.drop("fisher", key)
+        chunks = self._name(inputs)
+        key = _key(chunks, done)
+        self.ledger.put("fisher", key, Unit(unit.result, {**unit.tensors, **tensors}))
+        if (before := self._chunks.get(chunks)) not in (None, key):
+            self.ledger.drop("fisher", str(before))
+        self._chunks[chunks] = key
         self._last = time.monotonic()
         self._took = self._last - began
 
@@ -118,9 +118,11 @@ class PassRecord:
         """How many batches of a pass are written down, and what was in memory; fills `sums`."""
         if self.ledger.directory is None:
             return None
+        chunks = self._name(inputs)
         for done in range(batches, 0, -1):
-            unit = self.ledger.get("fisher", self._key(inputs, done))
+            unit = self.ledger.get("fisher", _key(chunks, done))
             if unit is not None:
+                self._chunks[chunks] = _key(chunks, done)
                 for name, tensor in sums.items():
                     tensor.copy_(unit.tensors[f"sums.{name}"])
                 return done, Memory.of_unit(unit)
@@ -129,7 +131,13 @@ class PassRecord:
     def clear(self) -> None:
         """Forget all sums: what they were for is finished."""
         self.ledger.clear("fisher")
+        self._chunks.clear()
         self._last = time.monotonic()
 
-    def _key(self, inputs: Mapping[str, Any], done: int) -> str:
-        return unit_key({**self.about, **inputs, "batches": done})
+    def _name(self, inputs: Mapping[str, Any]) -> str:
+        """What all chunks of a pass have in common."""
+        return unit_key({**self.about, **inputs})
+
+
+def _key(chunks: str, done: int) -> str:
+    return unit_key({"chunks": chunks, "batches": done})
