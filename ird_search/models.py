@@ -30,9 +30,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import random_state_kept, unwrapped
+from ird_search.data.sources import Source
+from ird_search.data.values import told
 from ird_search.errors import ModelError, UsageError, nearest
-from ird_search.sources import Source
-from ird_search.values import told
 
 LOADERS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,

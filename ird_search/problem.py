@@ -20,10 +20,11 @@ from torch import nn
 from ird_search.artifact import weights_sha256
 from ird_search.artifact.matching import weight_lines
 from ird_search.borrow import borrowed, unwrapped
-from ird_search.columns import IDS
 from ird_search.config import DataConfig, SearchConfig
+from ird_search.data.columns import IDS
+from ird_search.data.encoding import encode
+from ird_search.data.sources import Source, read_source, read_validation, splits_of
 from ird_search.devices import resolve_device
-from ird_search.encoding import encode
 from ird_search.errors import DataError, IRDError, UsageError, out_of_memory
 from ird_search.models import (
     LoadedModel,
@@ -39,7 +40,6 @@ from ird_search.parameters import ParameterSpace, candidate_space, head_paramete
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
-from ird_search.sources import Source, read_source, read_validation, splits_of
 from ird_search.task import Classification, Task, logits_of, make_task
 
 HELD_OUT_SHARE = 0.25

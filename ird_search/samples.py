@@ -2,7 +2,7 @@
 
 The rows of the samples × parameters matrix F[i, j]. Behind this door everything sees one type:
 unbatched tensors by input name, one label a row, and stable ids, on the CPU
-(`ird_search.encoding.encode` makes it from a `Source`).
+(`ird_search.data.encoding.encode` makes it from a `Source`).
 """
 
 from __future__ import annotations

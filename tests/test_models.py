@@ -23,8 +23,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import borrowed
+from ird_search.data.encoding import encode
+from ird_search.data.sources import read_source
 from ird_search.devices import resolve_device
-from ird_search.encoding import encode
 from ird_search.errors import ModelError, UsageError
 from ird_search.models import (
     LoadedModel,
@@ -35,7 +36,6 @@ from ird_search.models import (
     load_model,
     num_labels_of,
 )
-from ird_search.sources import read_source
 from ird_search.task import logits_of
 from tests.tiny import (
     TEXT_ROWS,

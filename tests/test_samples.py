@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ird_search.encoding import encode
+from ird_search.data.encoding import encode
+from ird_search.data.sources import Source, read_source, read_validation, splits_of
 from ird_search.errors import DataError, UsageError
 from ird_search.samples import Batch, SampleSet
-from ird_search.sources import Source, read_source, read_validation, splits_of
 from tests.tiny import TEXT_ROWS, VOCABULARY, tiny_lm_tokenizer, tiny_tokenizer
 
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"

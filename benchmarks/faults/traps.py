@@ -20,12 +20,12 @@ from benchmarks.faults import Row
 from benchmarks.faults.count import Count, ends, unlike
 from ird_search.artifact import inspect_file, load_delta, load_mask
 from ird_search.consumers.peft import load_supertuning
+from ird_search.data.sources import read_source
 from ird_search.errors import IRDError
 from ird_search.exchange import import_mask
 from ird_search.exchange.base import base_model
 from ird_search.models import load_model
 from ird_search.rundir import read_config
-from ird_search.sources import read_source
 from tests.tiny import save_tiny_bert, tiny_bert, tiny_vit
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ird_search.data.labels import class_labels, number_labels, token_labels
+from ird_search.data.row_problems import RowProblems
+from ird_search.data.sources import Source
+from ird_search.data.values import as_tensor, attended, is_tokens, told
 from ird_search.errors import UsageError, nearest
-from ird_search.labels import class_labels, number_labels, token_labels
-from ird_search.row_problems import RowProblems
 from ird_search.samples import SampleSet
-from ird_search.sources import Source
 from ird_search.task import POSITIONAL
-from ird_search.values import as_tensor, attended, is_tokens, told
 
 LONG = 100_000
 """Characters of a text that are tokenised first, to tell one that is far too long at once."""
@@ -63,7 +63,7 @@ def encode(
         UsageError: a processor is missing, or a setting is out of range.
 
     Example:
-        >>> from ird_search.sources import read_source
+        >>> from ird_search.data.sources import read_source
         >>> encode(read_source([(torch.zeros(3), 1), (torch.ones(3), 0)]))
         SampleSet(2 samples, 2 classes, inputs: input, 1 token)
     """

@@ -1,9 +1,9 @@
 """`Source`: the user's rows as they came, with what each column is for.
 
 Files, directories, hub data sets, `datasets` objects, torch data sets and plain lists all become
-one `Source`. It knows what the columns mean (`ird_search.columns`) and how many classes there are,
+one `Source`. It knows what the columns mean (`columns`) and how many classes there are,
 which is what must be known before a model is loaded; the model's tokenizer then turns it into a
-`SampleSet` (`ird_search.encoding.encode`).
+`SampleSet` (`encoding.encode`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ import pyarrow.parquet
 from pyarrow.csv import InvalidRow, ParseOptions, ReadOptions
 from torch.utils.data import DataLoader, IterableDataset
 
-from ird_search.columns import Kind, Rows, is_picture, label_kind, name_columns, names_of, values_of
+from ird_search.data.columns import (
+    Kind,
+    Rows,
+    is_picture,
+    label_kind,
+    name_columns,
+    names_of,
+    values_of,
+)
+from ird_search.data.row_problems import RowProblems
+from ird_search.data.values import told
 from ird_search.errors import DataError, UsageError, nearest
-from ird_search.row_problems import RowProblems
 from ird_search.task import POSITIONAL
-from ird_search.values import told
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 FOREIGN = {

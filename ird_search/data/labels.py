@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ird_search.columns import MANY_CLASSES, is_number, listed, plain_label
+from ird_search.data.columns import MANY_CLASSES, is_number, listed, plain_label
+from ird_search.data.row_problems import SHOWN, RowProblems
+from ird_search.data.sources import Source
+from ird_search.data.values import as_tensor, attended, is_tokens, told
 from ird_search.errors import nearest
-from ird_search.row_problems import SHOWN, RowProblems
-from ird_search.sources import Source
 from ird_search.task import IGNORED
-from ird_search.values import as_tensor, attended, is_tokens, told
 
 LARGEST = torch.finfo(torch.float32).max
 NUMBERS = "for numbers use task 'regression' (--task regression)"
