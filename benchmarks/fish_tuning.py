@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
+from ird_search.candidate import Candidate
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.fisher import FisherMatrix
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.models import load_model
 from ird_search.problem import Problem, make_problem
-from ird_search.proxy import Candidate, Proxies
+from ird_search.proxy import Proxies
 from ird_search.run import open_fisher
 from ird_search.scoring import STEPS, ScoringPoint
 from ird_search.seeds import derive

@@ -7,201 +7,43 @@ winner by itself, since a random mask wants a rate about 1/√density times that
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ird_search.candidate import (
+    Attempt,
+    Candidate,
+    Probe,
+    ProxyScore,
+    Trial,
+    best_of,
+    rate_at,
+    require_success,
+)
 from ird_search.config import SearchConfig
 from ird_search.errors import ModelError, NoProxySucceeded, out_of_memory
+from ird_search.evaluation import Evaluation, evaluate, log_likelihoods
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Job, Ledger, Unit, unit_key
 from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
-from ird_search.samples import Batch, SampleSet, require_few
+from ird_search.samples import SampleSet, require_few
 from ird_search.scoring import scoring_steps
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
-from ird_search.task import Task, logits_of
 from ird_search.training import Diverged, Snapshot, finetune, snapshot
-
-Kind = Literal["ird", "fish", "random", "full", "head"]
-
-RATE_STEP = 10**0.5
-"""Rates are tried a factor of about 3 apart."""
 
 GROUP = 8
 """Batches whose rows are sorted by length together."""
-
-EVAL_TOKENS = 8192
-"""Padded tokens in one batch of an evaluation."""
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """What is trained: a mask and the head; everything (`full`); or the head alone (`head`).
-
-    Args:
-        samples: how many rows the mask was computed from; none for a random one.
-        start: where the probe of learning rates begins, if something better is known than the rule.
-    """
-
-    kind: Kind
-    mask: SparseMask
-    samples: int | None = None
-    start: float | None = None
-
-    @property
-    def density(self) -> float:
-        """Fraction of the candidate parameters that is trained."""
-        return 1.0 if self.kind == "full" else self.mask.density
-
-    def start_rate(self) -> float:
-        """Where the probe of learning rates begins: the middle one of three.
-
-        For random masks it grows as 1/√density. A Fisher mask holds the entries with large
-        gradients and wants less. The probe goes on past the ends while that helps.
-        """
-        if self.start is not None:
-            return self.start
-        if self.kind == "random":
-            return 1e-3 / max(self.density, 1e-12) ** 0.5
-        if self.kind == "full":
-            return 3e-4
-        if self.kind == "head":
-            return 3e-3
-        return min(3e-3, 3e-4 / max(self.density, 1e-12) ** 0.5)
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """One fine-tune that is wanted.
-
-    Args:
-        seed: which order of batches; 0 is the one that candidates are compared on.
-        verdict: evaluate on the samples that no choice has seen.
-    """
-
-    candidate: Candidate
-    rate: float
-    seed: int = 0
-    verdict: bool = False
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One fine-tune at one learning rate and one seed, evaluated on held-out samples.
-
-    Args:
-        loss: mean negative log-likelihood; 0, and without meaning, where the run failed.
-        score: what ranks trials, lower is better: the loss, or 1 − AUC; likewise.
-        failure: why there is no score; empty when there is one.
-    """
-
-    rate: float
-    seed: int
-    loss: float
-    score: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    failure: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.failure
-
-
-@dataclass(frozen=True)
-class ProxyScore:
-    """A candidate's score: its best trial over the learning rates it tried.
-
-    Args:
-        best: the trial with the lowest score (a failed one only where all failed).
-        trials: all of them, in order of the rates.
-    """
-
-    best: Trial
-    trials: tuple[Trial, ...]
-
-    @property
-    def score(self) -> float:
-        """Lower is better; ∞ where every trial failed."""
-        return self.best.score if self.best.ok else float("inf")
-
-    @property
-    def seconds(self) -> float:
-        return sum(t.seconds for t in self.trials)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model's answers on a sample set.
-
-    Args:
-        losses: negative log-likelihood of each sample, float64 [N].
-    """
-
-    losses: Tensor
-    metrics: dict[str, float]
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, samples: SampleSet, *, device: torch.device
-) -> Evaluation:
-    """Log-likelihoods and metrics in evaluation mode, samples in their own order."""
-    losses = torch.empty(len(samples), dtype=torch.float64)
-    summaries: dict[int, Tensor] = {}
-    for batch, logits in _answers(model, samples, device):
-        losses[batch.rows] = -task.log_likelihood(logits, batch.labels).cpu().double()
-        summary = task.summary(logits, batch.labels).float().cpu()
-        summaries |= dict(zip(batch.rows.tolist(), summary, strict=True))
-    summary = torch.stack([summaries[i] for i in range(len(samples))])
-    gold = samples.labels if isinstance(samples.labels, Tensor) else torch.empty(0)
-    return Evaluation(losses, task.metrics(summary, gold))
-
-
-@torch.no_grad()
-def log_likelihoods(
-    model: nn.Module, task: Task, samples: SampleSet, *, device: torch.device
-) -> Tensor:
-    """log p(yᵢ | xᵢ; θ) in evaluation mode, float64 [N]."""
-    found = torch.empty(len(samples), dtype=torch.float64)
-    for batch, logits in _answers(model, samples, device):
-        found[batch.rows] = task.log_likelihood(logits, batch.labels).cpu().double()
-    return found
-
-
-def _answers(
-    model: nn.Module, samples: SampleSet, device: torch.device
-) -> Iterator[tuple[Batch, Tensor]]:
-    """(batch on the device, its logits), samples of like length together."""
-    with evaluation_mode(model):
-        # A language model gives a vocabulary of logits for each token.
-        tokens = EVAL_TOKENS if isinstance(samples.labels, Tensor) else EVAL_TOKENS // 16
-        for batch in samples.length_batches(tokens=tokens, device=device):
-            yield batch, logits_of(model, batch.inputs)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`eval()` within the block; each module's own mode afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class Proxies:
@@ -293,7 +135,7 @@ class Proxies:
         self.start = "as it came"
         if not c.warmup_steps or not self.problem.head:
             return cold
-        require_success({f"head only, rate {t.rate:g}": _best([t]) for t in cold.trials})
+        require_success({f"head only, rate {t.rate:g}": best_of([t]) for t in cold.trials})
         settings = [c.warmup_steps, c.batch_size, c.weight_decay, c.seed, cold.best.rate]
         key = unit_key({"head after": settings, "problem": self.problem.fingerprint})
         before = snapshot(self.problem.model, self.head_only().mask, self.problem.head)
@@ -333,7 +175,7 @@ class Proxies:
         seed = derive(self.config.seed, "scoring point")
         for i in range(3):
             try:
-                self._train(self.full(), _rate(rate, -i), seed, steps)
+                self._train(self.full(), rate_at(rate, -i), seed, steps)
                 return snapshot(self.problem.model)
             except Diverged as problem:
                 reason = problem.reason
@@ -341,7 +183,7 @@ class Proxies:
                 start.restore()
         raise ModelError(
             f"The {steps} steps of training before scoring diverged at rates from {rate:g} down "
-            f"to {_rate(rate, -2):g}: {reason}. Pass other scoring_steps (--scoring-steps; 0 "
+            f"to {rate_at(rate, -2):g}: {reason}. Pass other scoring_steps (--scoring-steps; 0 "
             "scores the model as it is), or look for samples without a finite loss."
         )
 
@@ -354,12 +196,12 @@ class Proxies:
 
         Three rates around its own start; while the best is at an end, one more beyond it.
         """
-        probes = [_Probe(c, self._fixed_rate(c)) for c in candidates]
+        probes = [Probe(c, self._fixed_rate(c)) for c in candidates]
         while wanted := [(probe, rate) for probe in probes for rate in probe.wanted()]:
             found = self.trials([Attempt(probe.candidate, rate) for probe, rate in wanted])
             for (probe, rate), trial in zip(wanted, found, strict=True):
                 probe.trials[rate] = trial
-        return [_best([p.trials[rate] for rate in sorted(p.trials)]) for p in probes]
+        return [best_of([p.trials[rate] for rate in sorted(p.trials)]) for p in probes]
 
     def _fixed_rate(self, candidate: Candidate) -> float | None:
         if candidate.kind == "head" and not self.problem.head:
@@ -482,27 +324,6 @@ class Proxies:
                 finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
 
 
-class _Probe:
-    """The search for one candidate's learning rate, a few trials at a time."""
-
-    def __init__(self, candidate: Candidate, fixed: float | None) -> None:
-        self.candidate, self.fixed = candidate, fixed
-        self.trials: dict[float, Trial] = {}
-
-    def wanted(self) -> list[float]:
-        """The rates to try next; none where the best is found."""
-        if self.fixed is not None:
-            return [] if self.trials else [self.fixed]
-        start = self.candidate.start_rate()
-        if not self.trials:
-            return [_rate(start, i) for i in (-1, 0, 1)]
-        tried = sorted(self.trials)
-        best = min(tried, key=lambda rate: (_score(self.trials[rate]), rate))
-        if len(tried) == 6 or tried[0] < best < tried[-1]:
-            return []
-        return [_rate(best, -1 if best == tried[0] else 1)]
-
-
 def _trial_of(unit: Unit) -> Trial:
     return Trial(**unit.result["trial"])
 
@@ -528,32 +349,6 @@ def shuffled_rows(total: int, count: int, *, seed: int) -> Tensor:
     generator = np.random.default_rng(seed)
     epochs = [generator.permutation(total) for _ in range(-(-count // total))]
     return torch.from_numpy(np.concatenate(epochs)[:count].astype(np.int64))
-
-
-def require_success(scores: Mapping[str, ProxyScore]) -> None:
-    """At least one proxy must have a score.
-
-    Raises:
-        NoProxySucceeded: with the reason of each.
-    """
-    if scores and not any(s.best.ok for s in scores.values()):
-        raise NoProxySucceeded(f"{name}: {s.best.failure}" for name, s in scores.items())
-
-
-def _best(trials: list[Trial]) -> ProxyScore:
-    return ProxyScore(min(trials, key=_score), tuple(trials))
-
-
-def _score(trial: Trial) -> float:
-    return trial.score if trial.ok else float("inf")
-
-
-def _rate(start: float, i: int) -> float:
-    """The i-th rate beyond `start` on the lattice …, 1e-3, 3.2e-3, 1e-2, …
-
-    One lattice for all: candidates differ in rate by a step or not at all, never by a little.
-    """
-    return float(f"{RATE_STEP ** (round(math.log(start, RATE_STEP)) + i):.1e}")
 
 
 def _empty(space: ParameterSpace) -> SparseMask:

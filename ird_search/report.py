@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ird_search.proxy import ProxyScore
+from ird_search.candidate import ProxyScore
 from ird_search.search import Round, Scored
 from ird_search.verdict import NAMES, Entry, Verdict
 

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from ird_search.budgets import Budgets
+from ird_search.candidate import Candidate, ProxyScore, require_success
 from ird_search.config import Strategy
 from ird_search.errors import ModelError
 from ird_search.fisher import FisherMatrix
 from ird_search.mask import SparseMask
-from ird_search.proxy import Candidate, ProxyScore, require_success
 from ird_search.selection import decreasing_range, top_k
 
 Move = Literal["both", "columns", "rows", "window"]

@@ -16,9 +16,9 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from ird_search.candidate import Trial
 from ird_search.errors import ResourceError
 from ird_search.ledger import Ledger, Unit
-from ird_search.proxy import Trial
 
 NAME = "ird-search"
 

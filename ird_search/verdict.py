@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from ird_search.candidate import Attempt, Candidate, Kind, ProxyScore, Trial
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
-from ird_search.proxy import Attempt, Candidate, Kind, Proxies, ProxyScore, Trial
+from ird_search.proxy import Proxies
 from ird_search.samples import SampleSet
 from ird_search.search import Scored
 from ird_search.seeds import derive

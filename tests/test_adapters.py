@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ird_search import SearchResult, fisher_scores, search_mask
+from ird_search.candidate import Candidate
 from ird_search.errors import ModelError, UsageError
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
-from ird_search.proxy import Candidate, Proxies
+from ird_search.proxy import Proxies
 from ird_search.scoring import STEPS, ScoringPoint, scoring_steps
 from ird_search.task import logits_of
 from ird_search.training import Diverged, snapshot

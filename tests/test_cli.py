@@ -18,10 +18,11 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from ird_search import load_mask
+from ird_search.candidate import Attempt, Trial
 from ird_search.cli import app
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.ledger import Ledger, Unit
-from ird_search.proxy import Attempt, Proxies, Trial
+from ird_search.proxy import Proxies
 from tests.tiny import TEXT_ROWS, save_tiny_bert
 from tests.toy import OPTIONS
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ird_search import proxy as module
+from ird_search.candidate import Attempt, Candidate, Trial
 from ird_search.errors import NoProxySucceeded
+from ird_search.evaluation import evaluate
 from ird_search.ledger import Ledger, Unit
-from ird_search.proxy import Attempt, Candidate, Proxies, Trial, evaluate, shuffled_rows
+from ird_search.proxy import Proxies, shuffled_rows
 from tests.toy import bits, same_bits, toy_mask, toy_net, toy_proxies
 
 

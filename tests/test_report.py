@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ird_search import report
+from ird_search.candidate import ProxyScore, Trial
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
-from ird_search.proxy import ProxyScore, Trial
 from ird_search.search import Pair, Round, Scored
 from ird_search.verdict import Entry, Verdict
 

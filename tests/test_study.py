@@ -9,8 +9,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from ird_search.candidate import Trial
 from ird_search.ledger import Ledger, Unit, unit_key
-from ird_search.proxy import Trial
 from ird_search.study import NAME, Study, restored
 
 GOOD = Trial(1e-3, 0, 0.4, 0.4, {"accuracy": 0.9}, 1.5)

@@ -12,11 +12,12 @@ from scipy import stats
 
 from ird_search import verdict as module
 from ird_search.budgets import Budgets
+from ird_search.candidate import Attempt, Candidate, Kind, Trial
 from ird_search.fisher import FisherMatrix, make_engine
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.narrowing import fish_mask
-from ird_search.proxy import Attempt, Candidate, Kind, Proxies, Trial
+from ird_search.proxy import Proxies
 from ird_search.report import explained, text_table
 from ird_search.samples import SampleSet
 from ird_search.search import Pair, Scored

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ird_search.candidate import Candidate, ProxyScore, Trial
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem, make_problem
-from ird_search.proxy import Candidate, Proxies, ProxyScore, Trial
+from ird_search.proxy import Proxies
 
 QUICK: dict[str, Any] = {
     "density": 0.25,
