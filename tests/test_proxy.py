@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ird_search import proxy as module
 from ird_search.candidate import Attempt, Candidate, Trial
-from ird_search.errors import NoProxySucceeded
-from ird_search.evaluation import evaluate
+from ird_search.config import DataConfig, SearchConfig
+from ird_search.errors import DataError, NoProxySucceeded
+from ird_search.evaluation import Evaluation, evaluate
 from ird_search.ledger import Ledger, Unit
+from ird_search.problem import make_problem
 from ird_search.proxy import Proxies, shuffled_rows
-from tests.toy import bits, same_bits, toy_mask, toy_net, toy_proxies
+from tests.toy import QUICK, bits, same_bits, toy_mask, toy_net, toy_proxies, toy_rows
 
 
 def with_everything() -> nn.Sequential:
@@ -332,3 +334,61 @@ def test_batches_are_whole_epochs() -> None:
     assert order[:7].tolist() != order[7:14].tolist() and len(order) == 17
     assert torch.equal(order, shuffled_rows(7, 17, seed=3))
     assert not torch.equal(order, shuffled_rows(7, 17, seed=4))
+
+
+# --- samples that no fine-tune could take ---------------------------------------------------------
+
+
+def without_finite(count: int, *bad: int) -> list[tuple[Tensor, int]]:
+    rows = toy_rows(count)
+    for i in bad:
+        rows[i] = (torch.zeros(4), rows[i][1])  # finite itself, but its logarithm is not
+    return rows
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().log()
+
+
+def logarithmic() -> nn.Sequential:
+    return nn.Sequential(Logarithm(), *toy_net())
+
+
+def test_a_sample_without_a_finite_likelihood_is_left_out_everywhere() -> None:
+    config = SearchConfig(**{**QUICK, "proxy_steps": 40, "eval_samples": 220})
+    rows = without_finite(880, 5, 400, 700)
+    problem = make_problem(logarithmic(), rows, options=DataConfig(), config=config)
+    proxies = Proxies(problem, config, Ledger())
+    proxies.check()
+    left_out = sorted(i for ids in proxies.left_out.values() for i in ids)
+    sets = {"choose": problem.choose, "verdict": problem.verdict}
+    drawn = torch.cat([torch.cat(proxies._batches(*order)) for order in proxies._orders()])
+    assert not torch.isin(problem.train.ids[drawn], torch.tensor([5, 400, 700])).any()
+    for name, samples in sets.items():
+        bad = set(samples.ids.tolist()) & {5, 400, 700}
+        assert len(proxies.sets[name]) == len(samples) - len(bad)
+        assert bad <= set(left_out)
+    assert set(left_out) <= {5, 400, 700} and left_out
+    assert proxies.score(proxies.full()).best.ok  # each of them would have failed it
+    again = Proxies(problem, config, Ledger())
+    assert not again.score(again.full()).best.ok
+
+
+def test_too_many_of_them_end_the_search_with_their_rows() -> None:
+    config = SearchConfig(**QUICK)
+    problem = make_problem(
+        logarithmic(), without_finite(80, 7, 11, 30), options=DataConfig(), config=config
+    )
+    with pytest.raises(DataError, match=r"of \d+ \w+ samples have a log-likelihood.*(7|11|30)"):
+        Proxies(problem, config, Ledger()).check()
+
+
+def test_a_metric_that_is_not_finite_is_a_failed_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxies = toy_proxies()
+
+    def overflown(*args: Any, **kwargs: Any) -> Evaluation:
+        return Evaluation(torch.ones(3), {"mse": float("inf")})
+
+    monkeypatch.setattr(module, "evaluate", overflown)
+    assert proxies.score(candidates(proxies)[0]).best.failure == "mse is not finite"
