@@ -20,8 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(CAMPAIGNS)}; all by default")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", action="store_true", help="only write the table again")
     options = parser.parse_args()
-    names = options.campaigns or CAMPAIGNS
+    names = [] if options.table else options.campaigns or CAMPAIGNS
     if unknown := set(names) - set(CAMPAIGNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CAMPAIGNS)}")
     rows = _before(options.output)
@@ -41,10 +42,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = ["| fault | what is promised | kept | measured |", "|---|---|---:|---|"]
     for r in rows:
-        measured = "; ".join(f"{name} {value:,.3g}" for name, value in r["figures"].items())
+        measured = "; ".join(f"{name} {_told(value)}" for name, value in r["figures"].items())
         kept = f"{r['held']:,} of {r['tried']:,}"
         lines.append(f"| {r['fault']} | {r['promise']} | {kept} | {measured} |")
     return "\n".join(lines)
+
+
+def _told(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.2g}"
 
 
 def _before(folder: Path) -> dict[str, Any]:
