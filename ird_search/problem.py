@@ -7,6 +7,7 @@ door everything sees the same types.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -46,7 +47,14 @@ HELD_OUT_SHARE = 0.25
 """At most this share of the data is held out where no evaluation data was given."""
 
 
-BESIDE_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version", "use_cache")
+BESIDE_THE_MODEL = (
+    "_name_or_path",
+    "_commit_hash",
+    "transformers_version",
+    "use_cache",
+    "base_model_name_or_path",
+    "peft_version",
+)
 """What a config says of where it came from, or of how its model is used."""
 
 
@@ -85,14 +93,13 @@ class Problem:
     @cached_property
     def _architecture(self) -> str:
         """SHA-256 of what besides its weights makes the model what it is, and of the task."""
-        config: Any = getattr(unwrapped(self.model), "config", None)
-        told = config.to_dict() if hasattr(config, "to_dict") else {}
-        told = {k: v for k, v in told.items() if k not in BESIDE_THE_MODEL}
+        configs = [getattr(unwrapped(self.model), "config", None)]
+        configs += getattr(self.model, "peft_config", {}).values()
         buffers = weight_lines(dict(self.model.named_buffers())).values()
         padding = [(s.pad, s.pad_side) for s in (self.train, self.choose)]
-        parts = [repr(self.model), repr(sorted(told.items(), key=str)), *buffers]
-        text = "\n".join([*parts, repr(self.task), repr(padding)])
-        return hashlib.sha256(re.sub("0x[0-9a-f]+", "", text).encode()).hexdigest()
+        parts = [repr(self.model), *map(_told, configs), *buffers, repr(self.task), repr(padding)]
+        text = re.sub("0x[0-9a-f]+", "", "\n".join(parts))  # addresses of functions
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def about(self) -> dict[str, str]:
@@ -107,6 +114,18 @@ class Problem:
             f"{name} samples": f"{len(s):,}, sha256 {s.fingerprint[:16]}"
             for name, s in sets.items()
         }
+
+
+def _told(config: Any) -> str:
+    """What a transformers or PEFT config says, in the same words in every process."""
+    said = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {k: v for k, v in said.items() if k not in BESIDE_THE_MODEL}
+    return json.dumps(kept, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Sets come in another order in each process."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def open_samples(

@@ -14,6 +14,7 @@ from ird_search.candidate import Candidate
 from ird_search.errors import ModelError, UsageError
 from ird_search.optimizer import MaskedAdamW
 from ird_search.parameters import ParameterSpace
+from ird_search.problem import _told
 from ird_search.proxy import Proxies
 from ird_search.scoring import STEPS, ScoringPoint, scoring_steps
 from ird_search.task import logits_of
@@ -208,3 +209,14 @@ def test_scoring_steps_that_diverge_are_tried_at_lower_rates_and_then_named(
 def test_scores_of_a_model_as_it_is_take_no_scoring_steps() -> None:
     with pytest.raises(UsageError, match="scoring_steps is a setting of a search"):
         fisher_scores(lora(), TEXTS, processor=tiny_tokenizer(), scoring_steps=3)
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_a_set() -> None:
+    """PEFT keeps its target modules in a set, whose order is another one in each process."""
+
+    class Config:
+        def to_dict(self) -> dict[str, object]:
+            return {"target_modules": {"value", "query", "key"}, "base_model_name_or_path": "here"}
+
+    assert _told(Config()) == '{"target_modules": ["key", "query", "value"]}'
+    assert _told(None) == "{}"
