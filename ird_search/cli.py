@@ -219,10 +219,9 @@ def resume(
 
     A finished run is checked: its mask, and its study, which is made again if it is damaged.
     """
-    module = import_module("ird_search.status")
-    found = module.Status.of(output)
+    found = import_module("ird_search.status").Status.of(output)
     if found.state == "finished":
-        told = module.checked(output)
+        told = import_module("ird_search.finished").checked(output)
         print(json.dumps({**found.to_dict(), "told": told}, indent=1) if as_json else told)
         return
     if not found.command:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -28,9 +28,8 @@ from torch import Tensor
 
 from ird_search.crash import crash_point
 from ird_search.files import explaining, make_directory, write_atomically
-from ird_search.sealed import seal, unseal
-
-UnitKind = Literal["proxy", "narrowing", "fisher", "head", "check"]
+from ird_search.sealed import seal
+from ird_search.unitfiles import UnitKind, read_unit, tensors_of
 
 POLL = 0.02
 """Seconds between two looks at what other processes have finished."""
@@ -102,7 +101,7 @@ class Ledger:
         name = f"{kind}-{key}"
         if name in self._units or self.directory is None:
             return self._units.get(name)
-        unit = _read(self.directory / f"{name}.json", key)
+        unit = _read(self.directory / f"{name}.json")
         if unit is not None and not unit.tensors:
             self._units[name] = unit
         return unit
@@ -118,13 +117,13 @@ class Ledger:
             self._units[name] = Unit(dict(unit.result), unit.tensors)
             return
         path = self.directory / f"{name}.json"
-        if _read(path, key) is not None:
+        if _read(path) is not None:
             return
         said: dict[str, Any] = {"key": key, "result": dict(unit.result)}
         if unit.tensors:
             data = save({n: t.detach().cpu().clone() for n, t in unit.tensors.items()})
             said["tensors"] = hashlib.sha256(data).hexdigest()
-            write_atomically(_tensors_of(path, said["tensors"]), data)
+            write_atomically(tensors_of(path, said["tensors"]), data)
             crash_point("tensors recorded")
         write_atomically(path, seal(said), first=not path.exists())  # a damaged one is replaced
         crash_point("unit recorded")
@@ -149,7 +148,7 @@ class Ledger:
         found = [unit for name, unit in self._units.items() if name.startswith(f"{kind}-")]
         if self.directory is not None:
             paths = sorted(self.directory.glob(f"{kind}-*.json"))
-            read = (_read(path, path.stem.partition("-")[2]) for path in paths)
+            read = map(_read, paths)
             found = [unit for unit in read if unit is not None]
         yield from found
 
@@ -232,22 +231,12 @@ class Ledger:
         return sum(1 for _ in self.directory.glob("*.json"))
 
 
-def _tensors_of(path: Path, sha256: str) -> Path:
-    """Named by what is in it: two processes that record one unit never mix their files."""
-    return path.with_name(f"{path.stem}-{sha256[:16]}.safetensors")
-
-
-def _read(path: Path, key: str) -> Unit | None:
-    """A unit from its files; None where they are not there, torn, edited, or of another key."""
+def _read(path: Path) -> Unit | None:
+    """A unit from its files; None where it counts as not done."""
+    if (found := read_unit(path)) is None:
+        return None
+    stored, data = found
     try:
-        stored = unseal(path.read_bytes())
-        if stored is None or stored["key"] != key:
-            return None
-        if "tensors" not in stored:
-            return Unit(stored["result"])
-        data = _tensors_of(path, stored["tensors"]).read_bytes()
-        if hashlib.sha256(data).hexdigest() != stored["tensors"]:
-            return None
-        return Unit(stored["result"], load(data))
-    except (OSError, KeyError, TypeError, SafetensorError):
+        return Unit(stored["result"], load(data) if data else {})
+    except SafetensorError:
         return None

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ird_search.artifact import load_mask
-from ird_search.errors import ArtifactError, UsageError
-from ird_search.ledger import Ledger, UnitKind
+from ird_search.errors import UsageError
 from ird_search.rundir import RunDirectory, read_config
-from ird_search.study import restored
+from ird_search.unitfiles import UnitKind, read_unit
 
 State = Literal["finished", "running", "unfinished"]
 
@@ -89,27 +87,6 @@ class Status:
         return "\n".join(lines)
 
 
-def checked(path: str | Path) -> str:
-    """Check the files of a finished run; a study that is damaged is made again from the ledger.
-
-    Raises:
-        ArtifactError: the mask is damaged.
-    """
-    place = RunDirectory(Path(path))
-    try:
-        mask = load_mask(place.mask)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"{error} The ledger can make it again: remove {place.mask.name}, then "
-            f"ird-search resume {shlex.quote(str(path))}."
-        ) from error
-    text = f"{path} is finished: {place.mask} is whole, {mask.count:,} parameters."
-    with place.held():
-        if place.ledger.is_dir() and restored(place.study, Ledger(place.ledger)):
-            text += f" {place.study.name} was damaged and is made again from the ledger."
-    return text
-
-
 def resume_command(path: str | Path, settings: Mapping[str, Any]) -> str:
     """The command that takes an unfinished run up again.
 
@@ -131,17 +108,16 @@ def _moved(done: Mapping[str, Any]) -> str:
 
 def _units(directory: Path) -> tuple[dict[str, int], int, dict[str, int]]:
     """(finished units by kind, damaged ones, reasons of failed fine-tunes)."""
-    kinds = get_args(UnitKind)
-    if not directory.is_dir():
-        return dict.fromkeys(kinds, 0), 0, {}
-    ledger, failures = Ledger(directory), dict[str, int]()
-    there = len(ledger)  # before they are read: a run may add some meanwhile
-    found = {kind: list(ledger.finished(kind)) for kind in kinds}
-    for unit in found["proxy"]:
-        if reason := unit.result["trial"]["failure"]:
+    units, damaged, failures = dict.fromkeys(get_args(UnitKind), 0), 0, dict[str, int]()
+    for path in sorted(directory.glob("*.json")):
+        kind, found = path.name.partition("-")[0], read_unit(path)
+        if found is None:
+            damaged += path.exists()  # a run may have taken it away meanwhile
+            continue
+        units[kind] = units.get(kind, 0) + 1
+        if kind == "proxy" and (reason := found[0]["result"]["trial"]["failure"]):
             failures[reason] = failures.get(reason, 0) + 1
-    damaged = max(0, there - sum(map(len, found.values())))
-    return {kind: len(units) for kind, units in found.items()}, damaged, failures
+    return units, damaged, failures
 
 
 def _rounds(place: RunDirectory) -> tuple[dict[str, Any], ...]:
