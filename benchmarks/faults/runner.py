@@ -160,6 +160,8 @@ def _become(asked: dict[str, Any], out: int, err: int) -> None:
             resource.setrlimit(kind, (held + most, resource.getrlimit(kind)[1]))
         if STARTS in os.environ:
             _count_starts(os.environ[STARTS])
+        # A shell starts what runs in its background with Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["ird-search", *asked["words"]]
         main()
         code = 0
