@@ -15,10 +15,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+WARM = ("ird_search.api", "ird_search.cli", "ird_search.finished", "ird_search.status")
+"""What the warm process has imported, and who only starts it has not."""
 STARTS = "IRD_FAULTS_STARTS"
 """Names a file that gets a byte for each unit that a child begins."""
 
@@ -91,13 +94,11 @@ class Runner:
 
 def _serve(asked_of: IO[str], answers: IO[str]) -> None:
     """Fork a child for each line."""
-    import torch  # here, so that who only starts the warm process does not wait for it
-
-    from ird_search.study import Study
-
-    torch.set_num_threads(1)
-    with TemporaryDirectory() as folder:
-        Study(Path(folder) / "study.db")  # imports what a database needs
+    for name in WARM:
+        import_module(name)
+    import_module("torch").set_num_threads(1)
+    with TemporaryDirectory() as folder:  # imports what a database needs
+        import_module("ird_search.study").Study(Path(folder) / "study.db")
     for line in asked_of:
         answers.write(json.dumps(_child(json.loads(line))) + "\n")
         answers.flush()
