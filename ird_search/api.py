@@ -25,7 +25,7 @@ from ird_search.problem import Problem, make_problem, open_samples
 from ird_search.progress import Progress
 from ird_search.run import Run, SearchResult, help_out, open_fisher
 from ird_search.rundir import RunDirectory
-from ird_search.workers import workers
+from ird_search.workers import refuse_while_starting, workers
 
 FISHER_TOKENS = {"cpu": 512, "cuda": 16384}
 """Padded tokens in one batch of the Fisher pass: more of them only take memory on a CPU."""
@@ -95,6 +95,7 @@ def search_mask(
         >>> result.mask.count
         10
     """
+    refuse_while_starting()
     config, options = _resolved(config, settings)
     place = RunDirectory(Path(output)) if output is not None else None
     replay = _replay(model, data, eval_data, options, config, processor, revision)
@@ -133,6 +134,7 @@ def _shared_ledger(
         return
     with nullcontext(place.ledger) if place else TemporaryDirectory() as directory:
         ledger = Ledger(Path(directory))
+        ledger.forget("proxy", lambda unit: unit.result["trial"]["raised"])
         with workers(config.workers - 1, help_out, (problem, config), Path(directory)):
             yield ledger
 

@@ -80,6 +80,8 @@ class Trial:
         loss: mean negative log-likelihood; 0, and without meaning, where the run failed.
         score: what ranks trials, lower is better: the loss, or 1 − AUC; likewise.
         failure: why there is no score; empty when there is one.
+        raised: it was ended by an exception that says nothing of the mask: a broken device, a bug.
+            The search goes on, and a resume tries it again.
     """
 
     rate: float
@@ -89,6 +91,7 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     failure: str = ""
+    raised: bool = False
 
     @property
     def ok(self) -> bool:

@@ -166,7 +166,7 @@ def _parameter(config: type, f: Any) -> inspect.Parameter:
     )
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, short_help="Search a mask for a model on a data set.")
 @resumable
 @with_settings(DataConfig, SearchConfig)
 def run(
@@ -206,7 +206,7 @@ def run(
     _show(result, output, as_json)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, short_help="Go on with an interrupted run.")
 @resumable
 def resume(
     output: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="of an unfinished run")],
@@ -216,6 +216,8 @@ def resume(
     as_json: JsonFlag = False,
 ) -> None:
     """Go on with an interrupted run where it stopped, with its own settings.
+
+    To begin anew instead, give `run` its options again, and --fresh.
 
     A finished run is checked: its mask, and its study, which is made again if it is damaged.
     """
@@ -244,7 +246,7 @@ def _not_by_name(found: Any) -> str:
     )
 
 
-@app.command()
+@app.command(short_help="Where a run stands.")
 @guarded
 def status(
     output: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="of a run")],
@@ -255,7 +257,7 @@ def status(
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.describe())
 
 
-@app.command()
+@app.command(short_help="A real search that needs no network.")
 @functools.partial(guarded, goes_on=_demo_again)
 def demo(
     output: Output = Path("runs/demo"),
@@ -287,7 +289,7 @@ def inspect_(
     print(json.dumps(found.metadata, indent=1, sort_keys=True) if as_json else found.describe())
 
 
-@app.command()
+@app.command(short_help="Is a file whole, and of these weights?")
 @guarded
 def verify(
     file: Annotated[
@@ -304,7 +306,7 @@ def verify(
     print(exchange.verify(file, model=model, revision=revision))
 
 
-@app.command()
+@app.command(short_help="What two masks share.")
 @guarded
 def compare(
     a: Annotated[Path, typer.Argument(help="a mask file, or the directory that holds it")],
@@ -356,7 +358,7 @@ def merge(
     print(f"{found.delta!r}\n{output}")
 
 
-@app.command()
+@app.command(short_help="Write a mask in another library's form.")
 @guarded
 def export(
     mask: Annotated[Path, typer.Argument(help="a mask file, or the directory that holds it")],
@@ -460,7 +462,11 @@ def main() -> None:
     # one other busy process; a short spin costs a tenth. Read when torch is imported, later.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

@@ -143,6 +143,12 @@ class Ledger:
         for path in self.directory.glob(f"{kind}-*") if self.directory is not None else ():
             path.unlink(missing_ok=True)
 
+    def forget(self, kind: UnitKind, unwanted: Callable[[Unit], bool]) -> None:
+        """Take away the units of a kind that are to be done again."""
+        for path in self.directory.glob(f"{kind}-*.json") if self.directory is not None else ():
+            if (unit := _read(path)) is not None and unwanted(unit):
+                self.drop(kind, path.stem.partition("-")[2])
+
     def finished(self, kind: UnitKind) -> Iterator[Unit]:
         """All units of a kind that can be read."""
         found = [unit for name, unit in self._units.items() if name.startswith(f"{kind}-")]

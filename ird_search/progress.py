@@ -21,7 +21,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line, above the bar."""
         if self.show:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text + "\n", file=sys.stderr, end="")  # at once, or a signal parts them
 
     def start(self, what: str, at_most: int) -> None:
         """A bar of at most so many fine-tunes."""

@@ -277,7 +277,8 @@ class Proxies:
                 raise
             seconds = time.perf_counter() - began
             reason = (str(problem) or type(problem).__name__).splitlines()[0]
-            return Trial(attempt.rate, attempt.seed, 0.0, 0.0, {}, seconds, reason)
+            raised = not isinstance(problem, Diverged)
+            return Trial(attempt.rate, attempt.seed, 0.0, 0.0, {}, seconds, reason, raised)
         finally:
             saved.restore()
 

@@ -131,6 +131,7 @@ class Run:
         self.problem, self.config, self.ledger = problem, config, ledger
         self.place, self.show, self.helping = place, show or Progress(), helping
         self.budgets = Budgets.of(problem.space, config.groups)
+        self._fine_tunes, self._raised = 0, list[str]()
         self.study = None if helping else Study(place.study if place else None)
         self.proxies = Proxies(problem, config, ledger, on_trial=self._told)
         pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
@@ -139,16 +140,18 @@ class Run:
     def result(self) -> SearchResult:
         """Search, give the verdict, and say where everything came from."""
         config, problem = self.config, self.problem
-        with self._at_work():
-            self._introduce()
-            narrowings, state, verdict = self._searched()
-            winner = _winner(state)
-            scores = narrowings.row_scores(winner.pair.rows, winner.mask)
-            finite = scores.float().isfinite()  # samples that were left out told nothing
-            ids = self.pool.ids[winner.pair.rows][finite]
-            chosen = ChosenRows(ids, scores[finite].float())
+        try:
+            with self._at_work():
+                self._introduce()
+                narrowings, state, verdict = self._searched()
+                winner = _winner(state)
+                scores = narrowings.row_scores(winner.pair.rows, winner.mask)
+                finite = scores.float().isfinite()  # samples that were left out told nothing
+                ids = self.pool.ids[winner.pair.rows][finite]
+                chosen = ChosenRows(ids, scores[finite].float())
+        finally:
+            self.show.stop()
         self.ledger.clear("fisher")
-        self.show.stop()
         return SearchResult(
             mask=winner.mask,
             samples=chosen,
@@ -189,6 +192,8 @@ class Run:
             f"{len(p.space.names)} tensors, {c.budget(p.space.numel):,} to select "
             f"({c.density:.3%}); head of {sum(p.model.get_parameter(n).numel() for n in p.head):,}"
         )
+        if done := len(self.ledger):
+            self.show.say(f"Going on: {done} units are finished already.")
         self.show.say(
             f"{p.source['dataset']['origin']}: {len(p.train):,} samples to learn from "
             f"(pool {c.pool}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
@@ -232,7 +237,8 @@ class Run:
             rounds=c.rounds,
         )
         moves = MOVES[c.strategy]
-        most = (len(ranges.rows) + len(ranges.columns) - 2) * len(moves) * 3
+        rates = 3 if c.learning_rate is None else 1
+        most = (len(ranges.rows) + len(ranges.columns) - 2) * len(moves) * rates
         self.show.say(
             f"{c.strategy}: samples {' → '.join(map(str, ranges.rows))}, parameters "
             f"{' → '.join(f'{n:,}' for n in ranges.columns)}"
@@ -241,11 +247,11 @@ class Run:
         rounds: list[dict[str, Any]] = []
 
         def on_round(done: Round) -> None:
-            self.show.say(report.round_line(done))
             rounds.append(report.round_record(done))
             if self.place is not None:
                 self.place.write_rounds(rounds)
                 crash_point("round told")
+            self.show.say(report.round_line(done))
 
         return search(
             partial(narrowings.nominate, ranges=ranges, moves=moves, budgets=self.budgets),
@@ -257,7 +263,7 @@ class Run:
 
     def _verdict(self, winner: Scored, narrowings: Narrowings) -> Verdict:
         c, train = self.config, self.problem.train
-        self.show.start("verdict", 4 * 3 + 5 * c.seeds)
+        self.show.start("verdict", 4 * (3 if c.learning_rate is None else 1) + 5 * c.seeds)
 
         def fish(s: int) -> SparseMask:
             samples = fish_samples(winner, train, seed=c.seed, s=s)
@@ -286,6 +292,11 @@ class Run:
                 f"{len(memory.excluded)} of {len(self.pool)} pool samples were left out: "
                 "their log-likelihood or gradient is not finite."
             )
+        if self._raised:
+            notes.append(
+                f"{len(self._raised)} of {self._fine_tunes} fine-tunes were ended by an exception, "
+                f"and count as the worst: {self._raised[0]}."
+            )
         for name, ids in self.proxies.left_out.items():
             listed = ", ".join(map(str, ids[:10])) + " …" * (len(ids) > 10)
             notes.append(
@@ -300,6 +311,9 @@ class Run:
             return
         self.show.step()
         self.study.record(done)
+        self._fine_tunes += 1
+        if done.result["trial"]["raised"]:
+            self._raised.append(done.result["trial"]["failure"])
         crash_point("trial told")
 
     def _provenance(

@@ -60,6 +60,10 @@ class RunDirectory:
         return self.path / STUDY
 
     @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    @property
     def mask(self) -> Path:
         return self.path / MASK
 
@@ -182,11 +186,12 @@ class RunDirectory:
         if MASK in names:
             raise UsageError(
                 f"The output directory {self.path} holds a finished run ({MASK}). "
-                "Choose another directory, or remove this one."
+                "Read it with load_mask (ird-search inspect); or choose another directory, or "
+                "remove this one."
             )
-        if CONFIG not in names and names - {LOCK}:
+        if not {CONFIG, ABOUT} & names and (others := names - {LOCK}):
             raise UsageError(
-                f"The output directory {self.path} is in use: it holds {_listed(names)}. "
+                f"The output directory {self.path} is not empty: it holds {_listed(others)}. "
                 "Choose an empty or a new one."
             )
         if CONFIG in names and not fresh:
@@ -196,11 +201,12 @@ class RunDirectory:
         before, now = read_config(self.path / CONFIG), json.loads(json.dumps(dict(settings)))
         for name in BESIDE_THE_RESULT:
             before.pop(name, None), now.pop(name, None)
+        command = resume_command(self.path, before)
+        own = f"; or go on with its own settings ({command})" if command else ""
         if changed := _differences(before, now):
             raise UsageError(
                 f"The output directory {self.path} holds an unfinished run with other settings: "
-                f"{changed}. Choose another directory; or go on with its own settings "
-                f"(ird-search resume {shlex.quote(str(self.path))}); or begin anew with fresh=True "
+                f"{changed}. Choose another directory{own}; or begin anew with fresh=True "
                 "(--fresh), which drops what is finished."
             )
 
@@ -271,6 +277,17 @@ class RunDirectory:
             os.ftruncate(lock, 0)
             os.write(lock, str(os.getpid()).encode())
         return lock
+
+
+def resume_command(path: str | Path, settings: Mapping[str, Any]) -> str:
+    """The command that takes an unfinished run up again.
+
+    Empty where model or data were objects of a Python program, which has to be run again.
+    """
+    named = [settings.get(key) for key in ("model", "data", "eval_data", "processor")]
+    if any(str(name).startswith("<") for name in named):
+        return ""
+    return f"ird-search resume {shlex.quote(str(path))}"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ird_search.errors import UsageError
-from ird_search.rundir import RunDirectory, read_config
+from ird_search.rundir import RunDirectory, read_config, resume_command
 from ird_search.unitfiles import UnitKind, read_unit
 
+NAMES: dict[str, str] = {
+    "proxy": "fine-tunes",
+    "narrowing": "narrowings",
+    "fisher": "chunks of a Fisher pass",
+    "head": "warmed-up head",
+    "check": "check of the samples",
+}
 State = Literal["finished", "running", "unfinished"]
 
 
@@ -48,8 +54,14 @@ class Status:
         """
         place = RunDirectory(Path(path))
         if not place.config.is_file():
-            raise UsageError(f"{path} is no run directory: it lacks {place.config.name}.")
+            what = f"lacks {place.config.name}" if place.path.exists() else "does not exist"
+            raise UsageError(f"{path} is no run directory: it {what}.")
         settings, process = read_config(place.config), place.process()
+        if lacking := [key for key in ("model", "data") if not settings.get(key)]:
+            raise UsageError(
+                f"{place.config} lacks {' and '.join(lacking)}. Put it back, or run the command "
+                "that began the run again."
+            )
         done = place.mask.is_file()
         units, damaged, failures = _units(place.ledger)
         return cls(
@@ -71,7 +83,7 @@ class Status:
     def describe(self) -> str:
         """A few lines for a person."""
         state = f"running (process {self.process})" if self.process is not None else self.state
-        units = ", ".join(f"{n} {kind}" for kind, n in self.units.items() if n) or "none"
+        units = ", ".join(f"{n} {NAMES[k]}" for k, n in self.units.items() if n) or "none"
         lines = [
             f"{self.directory}: {state}",
             f"  {self.settings.get('model')} on {self.settings.get('data')}, "
@@ -79,23 +91,16 @@ class Status:
             f"  finished units: {units}" + f"; {self.damaged} damaged" * bool(self.damaged),
         ]
         for reason, times in self.failures.items():
-            lines.append(f"  failed {times} times: {reason}")
+            lines.append(f"  failed {'once' if times == 1 else f'{times} times'}: {reason}")
         for done in self.rounds:
             lines.append(f"  round {done['round']}: moved to {_moved(done)}")
-        if self.command:
+        if self.state == "finished":
+            lines.append(f"  mask: {RunDirectory(Path(self.directory)).mask}")
+        elif self.command:
             lines.append(f"Go on with: {self.command}")
+        elif self.state == "unfinished":
+            lines.append("Go on: run the program again, with the same arguments and output.")
         return "\n".join(lines)
-
-
-def resume_command(path: str | Path, settings: Mapping[str, Any]) -> str:
-    """The command that takes an unfinished run up again.
-
-    Empty where model or data were objects of a Python program, which has to be run again.
-    """
-    named = [settings.get(key) for key in ("model", "data", "eval_data", "processor")]
-    if any(str(name).startswith("<") for name in named):
-        return ""
-    return f"ird-search resume {shlex.quote(str(path))}"
 
 
 def _moved(done: Mapping[str, Any]) -> str:

@@ -83,20 +83,24 @@ def _storage(path: Path) -> RDBStorage:
     return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})
 
 
-def restored(path: Path, ledger: Ledger) -> bool:
-    """Make a study again from the ledger where it cannot be read or lacks a trial of it."""
-    done = list(ledger.finished("proxy"))
+def is_whole(path: Path, ledger: Ledger) -> bool:
+    """Whether a study can be read and has every fine-tune of the ledger."""
+    done = sum(1 for _ in ledger.finished("proxy"))
+    if not path.exists():
+        return False
     try:
         with _quiet():
             found = optuna.load_study(study_name=NAME, storage=_storage(path))
-            if len(found.trials) >= len(done):  # fewer: a unit was lost since, and no trial
-                return False
+            return len(found.trials) >= done  # a unit may have been lost since, and no trial
     except (KeyError, StorageInternalError, SQLAlchemyError, ValueError):
-        pass  # no study in it, no SQLite, or a torn one
+        return False  # no study in it, no SQLite, or a torn one
+
+
+def restore(path: Path, ledger: Ledger) -> None:
+    """Make a study from the ledger alone."""
     study = Study(path)
-    for unit in done:
+    for unit in ledger.finished("proxy"):
         study.record(unit)
-    return True
 
 
 @contextmanager

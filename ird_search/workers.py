@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,14 @@ def workers(count: int, target: Target, payload: Any, directory: Path) -> Iterat
     Raises:
         UsageError: the payload cannot be pickled.
     """
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if count and main is not None and not os.path.exists(main):
+        warnings.warn(
+            f"The program {main} is no file, so no other process can start from it. The run goes "
+            "on with one process.",
+            stacklevel=3,
+        )
+        count = 0
     if not count:
         yield
         return
@@ -69,6 +78,15 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def refuse_while_starting() -> None:
+    """End a worker whose program searches as it is imported, and so would start workers itself."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(
+            "ird-search: a worker came by a search while it imported this program. Put the call "
+            "under `if __name__ == '__main__':`. The run goes on without it."
+        )
+
+
 def _pickled(payload: Any) -> bytes:
     """By value: the pickler of `multiprocessing` would share the weights, which each one trains."""
     try:
@@ -86,7 +104,11 @@ def _work(target: Target, payload: Path, directory: Path) -> None:
         target(payload.read_bytes(), directory)
     except Exception as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
-        print(f"ird-search: a worker stopped, the others go on: {reason}", file=sys.stderr)
+        print(
+            f"ird-search: a worker stopped, the run goes on without it: {reason}. (Classes of your "
+            "own have to be in a module that can be imported.)",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
 
 

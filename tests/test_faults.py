@@ -34,13 +34,13 @@ def test_killed_at_random_moments(b: Bench) -> None:
 
 
 def test_killed_at_every_named_point(b: Bench) -> None:
-    kept(kills.at_points(b, passes=1), at_least=len(POINTS))
+    kept(kills.at_points(b), at_least=len(POINTS))
 
 
 @pytest.mark.slow
 def test_killed_at_many_more_moments(b: Bench) -> None:
     kept(kills.at_random(b, times=200, seed=1), at_least=200)
-    kept(kills.at_points(b, passes=10_000), at_least=10 * len(POINTS))
+    kept(kills.at_points(b, again=True), at_least=4 * len(POINTS))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

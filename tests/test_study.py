@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from ird_search.candidate import Trial
 from ird_search.ledger import Ledger, Unit, unit_key
-from ird_search.study import NAME, Study, restored
+from ird_search.study import NAME, Study, is_whole, restore
 
 GOOD = Trial(1e-3, 0, 0.4, 0.4, {"accuracy": 0.9}, 1.5)
 BETTER = Trial(1e-2, 0, 0.3, 0.3, {"accuracy": 0.8}, 2.5)
@@ -67,13 +67,16 @@ def test_a_damaged_study_is_made_again_from_the_ledger(tmp_path: Path) -> None:
     for i, trial in enumerate((GOOD, BETTER, FAILED)):
         unit = told(trial, "ird", 8, 50, "choose")
         ledger.put("proxy", unit_key({"i": i}), unit)
-    assert restored(path, ledger) and not restored(path, ledger)
+    assert not is_whole(path, ledger)
+    restore(path, ledger)
+    assert is_whole(path, ledger)
     whole = path.read_bytes()
     for torn in (b"", whole[:1000], whole[: len(whole) // 2], b"no database" * 100, None):
         path.unlink() if torn is None else path.write_bytes(torn)
-        assert restored(path, ledger)
+        assert not is_whole(path, ledger)
+        restore(path, ledger)
         found = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
         assert sorted(t.state.name for t in found.trials) == ["COMPLETE", "COMPLETE", "FAIL"]
         assert found.best_value == 0.3
     ledger.put("proxy", unit_key({"i": 3}), told(GOOD, "ird", 8, 50, "verdict"))
-    assert restored(path, ledger) and not restored(path, ledger)  # one was not told
+    assert not is_whole(path, ledger)  # one was not told

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from ird_search import search_mask
+from ird_search import proxy, search_mask
 from ird_search.cli import app
 from ird_search.devices import computing
-from ird_search.errors import UsageError
+from ird_search.errors import NoProxySucceeded, UsageError
 from ird_search.status import Status
 from tests.tiny import TEXT_ROWS, save_tiny_bert
 from tests.toy import OPTIONS, QUICK, bits, same_bits, toy_net, toy_rows
@@ -90,7 +90,9 @@ def test_the_status_of_a_finished_run(place: Path) -> None:
     assert found.units["proxy"] > 5 and found.units["narrowing"] > 2 and found.units["fisher"] == 0
     assert found.units["head"] == found.units["check"] == 1 and not found.damaged
     said = call("status", place / "run").stdout
-    assert "finished" in said and f"{found.units['proxy']} proxy" in said and "round 1:" in said
+    assert (
+        "finished" in said and f"{found.units['proxy']} fine-tunes" in said and "round 1:" in said
+    )
     told = json.loads(call("status", place / "run", "--json").stdout)
     assert told == json.loads(json.dumps(found.to_dict()))
 
@@ -170,3 +172,37 @@ def test_verify(place: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(mask.read_bytes()[:-3])
     assert call("verify", torn).exit_code == 5
+
+
+# --- what an exception ended ----------------------------------------------------------------------
+
+
+def test_what_an_exception_ended_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**QUICK, "seeds": 1}
+    search_mask(toy_net(), toy_rows(), output=tmp_path / "whole", **settings)
+    real, broken = proxy.evaluate, [True]
+
+    def evaluate(*args: Any, **more: Any) -> Any:
+        if broken and broken.pop():
+            raise ValueError("a device fell off")
+        return real(*args, **more)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "evaluate", evaluate)
+        told = search_mask(toy_net(), toy_rows(), **{**settings, "warmup_steps": 0})
+        assert "1 of" in told.table() and "by an exception" in told.table()
+        assert "a device fell off" in told.table()
+        broken.append(True)
+        patch.setattr("ird_search.run.report.markdown", stop)
+        with pytest.raises((KeyboardInterrupt, NoProxySucceeded)):
+            search_mask(toy_net(), toy_rows(), output=tmp_path / "run", **settings)
+    assert Status.of(tmp_path / "run").failures == {"a device fell off": 1}
+    search_mask(toy_net(), toy_rows(), output=tmp_path / "run", **settings)
+    assert Status.of(tmp_path / "run").failures == {}
+    one, two = ((tmp_path / n / "mask.safetensors").read_bytes() for n in ("whole", "run"))
+    assert one == two

@@ -10,7 +10,7 @@ from benchmarks.faults import Row
 from benchmarks.faults.tiny import Bench, bench, command, same_files
 from ird_search.crash import VARIABLE
 from ird_search.ledger import Ledger
-from ird_search.study import restored
+from ird_search.study import is_whole, restore
 
 
 def campaign() -> list[Row]:
@@ -41,8 +41,8 @@ def damaged(b: Bench, half: Path, *, every: int = 1, hows: Sequence[str] = ()) -
             shutil.copytree(half, output)
             DAMAGES[how](output / "ledger" / name)
             ended = b.runner.run(["resume", output])
-            told = restored(output / "study.db", Ledger(output / "ledger"))
-            if ended.code or same_files(output, b.whole) or told:
+            told = is_whole(output / "study.db", Ledger(output / "ledger"))
+            if ended.code or same_files(output, b.whole) or not told:
                 wrong.append(f"{name} {how}: {ended.code}, {told}: {ended.err[-300:]}")
     promise = "the unit is done again, the study made again; the same bytes"
     fault = "a file of the ledger, or the study, is cut, altered, emptied or gone"
@@ -72,7 +72,9 @@ def studies(half: Path) -> Row:
         output.parent.mkdir(exist_ok=True)
         output.write_bytes(whole[: len(whole) * i // tried])
         ledger = Ledger(half / "ledger")
-        if not restored(output, ledger) or restored(output, ledger):
+        torn = not is_whole(output, ledger)
+        restore(output, ledger)
+        if not torn or not is_whole(output, ledger):
             wrong.append(f"cut at {i}/{tried}")
     promise = "it is made again from the ledger, with every fine-tune"
     return Row("a torn Optuna study", promise, tried, tried - len(wrong), {}, tuple(wrong))

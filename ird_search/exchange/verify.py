@@ -32,5 +32,5 @@ def verify(path: Path, *, model: str | None = None, revision: str | None = None)
     loaded = base_model(found.provenance, model, revision=revision)
     strict = "weights_sha256" in found.provenance
     load_mask(path, loaded, strict=strict)
-    weights = "the weights that it records" if strict else "its tensors; it records no weights"
-    return f"{whole}\nIt is of {model}: {weights}."
+    weights = "the weights that it records" if strict else "its tensors (it records no weights)"
+    return f"{whole}\nThe model {model} has {weights}."
