@@ -292,7 +292,7 @@ def test_a_directory_in_use(run: Any, tmp_path: Path) -> None:
     output.mkdir()
     (output / "thesis.tex").write_text("mine")
     before = contents(output)
-    refused(run(), UsageError, "is in use: it holds thesis.tex. Choose an empty or a new one.")
+    refused(run(), UsageError, "is not empty: it holds thesis.tex. Choose an empty or a new one.")
     assert contents(output) == before
     (output / "thesis.tex").unlink()
     (output / "mask.safetensors").write_text("mine")

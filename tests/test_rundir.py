@@ -73,14 +73,14 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_finished_run_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path).claimed(SETTINGS):
         (tmp_path / MASK).write_bytes(b"mask")
-    assert "holds a finished run (mask.safetensors). Choose another directory" in refused(tmp_path)
+    assert "holds a finished run (mask.safetensors). Read it with load_mask" in refused(tmp_path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text("mine")
     text = refused(tmp_path)
-    assert "is in use: it holds a.txt, b.txt, c.txt and 1 more. Choose an empty" in text
+    assert "is not empty: it holds a.txt, b.txt, c.txt and 1 more. Choose an empty" in text
     (tmp_path / CONFIG).write_text("[1, 2]")
     assert "must hold `name: value` lines" in refused(tmp_path)
 

@@ -122,7 +122,9 @@ def test_a_resume_of_a_finished_run_checks_it(place: Path) -> None:
     assert "is whole" in call("resume", place / "run").stdout
     assert study.read_bytes() == whole
     study.write_bytes(whole[:5000])
-    assert "study.db was damaged and is made again" in call("resume", place / "run").stdout
+    assert (
+        "study.db was missing or damaged, and is made again" in call("resume", place / "run").stdout
+    )
     assert "made again" not in call("resume", place / "run").stdout
 
 
