@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,8 +41,7 @@ def at_points(b: Bench, *, again: bool = False) -> Row:
         again: then one run for each point, killed when it is passed first, second, third, …
     """
     chains: list[Iterable[Fault]] = [[Fault({VARIABLE: point}) for point in POINTS]]
-    for point in POINTS if again else ():
-        chains.append(Fault({VARIABLE: f"{point}:{n}"}) for n in range(1, 1000))
+    chains += [map(partial(_at, point), itertools.count(1)) for point in POINTS if again]
     runs = [_survived(b, chain) for chain in chains]
     return _row(f"kill -9 at each of {len(POINTS)} named points", runs)
 
@@ -67,6 +67,10 @@ class Survived:
     killed: int
     lost: int
     wrong: str
+
+
+def _at(point: str, n: int) -> Fault:
+    return Fault({VARIABLE: f"{point}:{n}"})
 
 
 def _row(fault: str, runs: Sequence[Survived]) -> Row:
