@@ -467,6 +467,11 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command has begun
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print("ird-search: out of memory.", file=sys.stderr)
+        raise SystemExit(ResourceError.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can('|no)t allocate memory|failed to map segment|_ALLOC_FAILED|bad_alloc",
+    "out of memory|can('|no)t allocate memory|failed to map segment|_ALLOC_FAILED|bad_alloc|"
+    "can't start new thread|failed to launch worker thread|could not create a primitive$",
     re.IGNORECASE,
 )
 
@@ -72,12 +73,14 @@ class ResourceError(IRDError, RuntimeError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's own error, or what torch, the system or its loader say."""
+    """Whether memory ran out: Python's own error, or what torch, the system or its loader say.
+
+    Without memory there is no room for a thread's stack either.
+    """
     if isinstance(error, IRDError):  # which tells of it, and what to do
         return False
     return isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, OSError, ImportError))
-        and _OUT_OF_MEMORY.search(str(error)) is not None
+        isinstance(error, Exception) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 

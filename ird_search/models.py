@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from ird_search.borrow import random_state_kept, unwrapped
 from ird_search.data.sources import Source
 from ird_search.data.values import told
-from ird_search.errors import ModelError, UsageError, nearest
+from ird_search.errors import ModelError, UsageError, nearest, out_of_memory
 
 LOADERS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -276,6 +276,8 @@ def _load(
             **where,
         )
     except LOAD_ERRORS as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(_why(name, error, task)) from error
     replaced = {key[0] for key in report["mismatched_keys"]}
     parameters = dict(model.named_parameters())
@@ -333,6 +335,8 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
     try:
         processor = loader.from_pretrained(name, trust_remote_code=False, **where)
     except LOAD_ERRORS as error:
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"No {what} could be loaded from {name!r} ({reason}). Pass one as `processor`."

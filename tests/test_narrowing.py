@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ird_search.budgets import Budgets
-from ird_search.errors import ResourceError
+from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher import Engine, FisherMatrix, PassRecord, make_engine, record
 from ird_search.fisher.engine import Contribution
 from ird_search.ledger import Ledger
@@ -131,6 +131,26 @@ def test_excluded_rows_and_silent_tensors_are_remembered(tmp_path: Path) -> None
         narrowings.nominate(Pair(torch.arange(6)), **asked)
         assert narrowings.memory.excluded == (0,) and narrowings.memory.silent == ()
     assert again._fisher is None  # no gradient was computed
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (ImportError("x.so: failed to map segment from shared object"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (ResourceError("Out of memory in the Fisher pass."), False),
+        (ValueError("shapes do not fit"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, is_memory: bool) -> None:
+    assert out_of_memory(error) == is_memory
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from ird_search.data.columns import (
 )
 from ird_search.data.row_problems import RowProblems
 from ird_search.data.values import told
-from ird_search.errors import DataError, UsageError, nearest
+from ird_search.errors import DataError, UsageError, nearest, out_of_memory
 from ird_search.task import POSITIONAL
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -359,6 +359,8 @@ def _read_file(path: Path) -> Rows:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text{_line_of(error)}. Save it as UTF-8.") from error
     except (pa.ArrowException, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise DataError(
             f"{path} could not be read as {suffix[1:]}: {_first_line(error)}"
         ) from error
