@@ -49,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _told(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.2g}"
+    return f"{value:,.0f}" if value == int(value) or value >= 10 else f"{value:.2g}"
 
 
 def _before(folder: Path) -> dict[str, Any]:
