@@ -16,6 +16,10 @@ PROMISE = (
 )
 
 
+SECONDS = 10.0
+"""A process ends within so many after its signal."""
+
+
 def campaign() -> list[Row]:
     """The rows."""
     with bench() as b:
@@ -46,7 +50,7 @@ def _stopped(b: Bench, number: signal.Signals, after: float) -> tuple[bool, floa
         if ended.code == 0:
             return False, ended.after, ""
         begun = (output / "config.yaml").exists()
-        if ended.code != 128 + number or ended.after > 10:
+        if ended.code != 128 + number or ended.after > SECONDS:
             return True, ended.after, f"code {ended.code}: {ended.err[-300:]}"
         goes_on = f"Go on with: ird-search resume '{output}'"
         if begun and goes_on not in ended.err:
