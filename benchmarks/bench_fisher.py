@@ -31,12 +31,15 @@ from record import RESULTS, peak_of, write_result
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from ird_search.budgets import Budgets
 from ird_search.fisher import FisherMatrix, make_engine
 from ird_search.fisher.vmap import VMap
+from ird_search.moves import narrowed
+from ird_search.pair import Pair, Ranges
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.samples import SampleSet
-from ird_search.search import Pair, Ranges, nominate
 from ird_search.selection import top_k
+from ird_search.selector import Selector
 from ird_search.task import Classification
 
 SAMPLES = 32
@@ -213,9 +216,10 @@ def search(moves: tuple[Any, ...], s: Setting, *, cache_bytes: int) -> float:
     ranges = Ranges.geometric(
         len(s.samples), s.space.numel, min_samples=4, budget=budget, rounds=SEARCH_ROUNDS
     )
-    pair = Pair(torch.arange(len(s.samples)))
+    selector, pair = Selector(Budgets.of(s.space)), Pair(torch.arange(len(s.samples)))
     for _ in range(SEARCH_ROUNDS):
-        nominated = {move: found for move, found, _ in nominate(matrix, pair, ranges, moves)}
+        found = narrowed(matrix, selector, pair, ranges, moves)
+        nominated = {move: narrower for move, narrower, _ in found}
         pair = nominated["both"]
     return matrix.passes
 

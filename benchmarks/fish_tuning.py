@@ -33,9 +33,9 @@ from ird_search.fisher import FisherMatrix
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.models import load_model
+from ird_search.opening import open_fisher
 from ird_search.problem import Problem, make_problem
 from ird_search.proxy import Proxies
-from ird_search.run import open_fisher
 from ird_search.scoring import STEPS, ScoringPoint
 from ird_search.seeds import derive
 from ird_search.selection import random_subset, top_k

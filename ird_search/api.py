@@ -20,10 +20,11 @@ from ird_search.errors import ModelError, UsageError
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
+from ird_search.opening import open_fisher
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.problem import Problem, make_problem, open_samples
 from ird_search.progress import Progress
-from ird_search.run import Run, SearchResult, help_out, open_fisher
+from ird_search.run import Run, SearchResult, help_out
 from ird_search.rundir import RunDirectory
 from ird_search.workers import refuse_while_starting, workers
 

@@ -1,12 +1,17 @@
-"""`Budgets`: one budget, or one for each group of parameters.
+"""`Budgets`: one budget, or one for each group of parameters, with bounds for each tensor.
 
 Scores of different kinds of parameters do not compare. In LoRA, W + B A with B = 0 at the start,
 the gradient of A is exactly zero and afterwards grows with B: one ranking over both would give
-nearly all of the budget to B, whatever A is worth.
+nearly all of the budget to B, whatever A is worth. So each group has a share of its own.
+
+Within a group one ranking piles up: most of a small mask can fall into a single matrix. A *floor*
+and a *ceiling* bound the density of every tensor, as multiples of the density of its group; with
+both at 1 each tensor has the same density.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from ird_search.errors import UsageError
 from ird_search.parameters import ParameterSpace, compiled
-from ird_search.selection import ranks
+from ird_search.selection import ranks, top_positive
 
 LORA = (r"\.lora_(embedding_)?A\b", r"\.lora_(embedding_)?B\b")
 """The two factors of LoRA and DoRA."""
@@ -79,10 +84,7 @@ class Budgets:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Parameters in each group."""
-        return tuple(
-            sum(self.space.span(n).stop - self.space.span(n).start for n in names)
-            for _, names in self.groups
-        )
+        return tuple(sum(map(self._numel, names)) for _, names in self.groups)
 
     def shares(self, k: int) -> tuple[int, ...]:
         """k entries shared among the groups in proportion to their sizes; they sum to k.
@@ -96,23 +98,50 @@ class Budgets:
             shares[worth.index(max(worth))] += 1
         return tuple(shares)
 
-    def ranks(self, scores: Tensor, is_open: Tensor | None, skip: int, k: int) -> Tensor:
+    def ranks(
+        self,
+        scores: Tensor,
+        is_open: Tensor | None,
+        skip: int,
+        k: int,
+        *,
+        floor: float = 0.0,
+        ceiling: float | None = None,
+    ) -> Tensor:
         """The best k of each group's share, behind the best `skip`: positions in `scores`.
 
-        Only positive scores count, so fewer than k come back where a group has fewer.
+        Only positive scores count, so fewer than k come back where a group has fewer. The exact
+        count comes before the bounds: a ceiling yields where nothing else is left to choose.
 
         Args:
             scores: [n], of the open columns.
             is_open: their sorted coordinates; None for all of the space.
+            floor: the least density of a tensor, as a multiple of its group's; 0 … 1.
+            ceiling: the most, likewise, at least 1; None for no bound.
         """
-        if len(self.groups) == 1:
+        bounded = floor > 0 or ceiling is not None
+        if len(self.groups) == 1 and not bounded:
             return ranks(scores, skip, k)
         chosen = []
-        shares = zip(self.groups, self.shares(skip), self.shares(k), strict=True)
-        for (_, names), skipped, share in shares:
-            places = torch.cat([*self._places(names, is_open), torch.empty(0, dtype=torch.int64)])
-            chosen.append(places[ranks(scores[places], skipped, share)])
+        parts = zip(self.groups, self.sizes, self.shares(skip), self.shares(k), strict=True)
+        for (_, names), size, skipped, share in parts:
+            tensors = list(self._places(names, is_open))
+            places = torch.cat([*tensors, torch.empty(0, dtype=torch.int64)])
+            own = scores[places]
+            if not bounded:
+                chosen.append(places[ranks(own, skipped, share)])
+                continue
+            shares = [self._numel(name) / max(1, size) for name in names]
+            ends = [sum(t.numel() for t in tensors[: i + 1]) for i in range(len(tensors))]
+            spans = [slice(e - t.numel(), e) for e, t in zip(ends, tensors, strict=True)]
+            if skipped:
+                own[_bounded(own, spans, shares, skipped, floor, ceiling)] = 0
+            chosen.append(places[_bounded(own, spans, shares, share, floor, ceiling)])
         return torch.cat(chosen).sort().values
+
+    def _numel(self, name: str) -> int:
+        span = self.space.span(name)
+        return span.stop - span.start
 
     def counts(self, coords: Tensor) -> dict[str, int]:
         """How many of some sorted coordinates lie in each group."""
@@ -129,3 +158,35 @@ class Budgets:
             if is_open is not None:
                 start, stop = torch.searchsorted(is_open, torch.tensor([start, stop])).tolist()
             yield torch.arange(start, stop)
+
+
+def _bounded(
+    scores: Tensor,
+    spans: Sequence[slice],
+    shares: Sequence[float],
+    k: int,
+    floor: float,
+    ceiling: float | None,
+) -> Tensor:
+    """The k best positions with ⌊floor · k · share⌋ … ⌈ceiling · k · share⌉ in each tensor.
+
+    First each tensor's floor, then by one ranking what the ceilings leave, then by one ranking
+    whatever is left.
+    """
+    taken = torch.zeros(scores.numel(), dtype=torch.bool)
+    within = torch.zeros(scores.numel(), dtype=torch.bool)
+    for span, share in zip(spans, shares, strict=True):
+        own = scores[span]
+        least = min(own.numel(), math.floor(floor * k * share))
+        most = own.numel() if ceiling is None else min(own.numel(), _ceil(ceiling * k * share))
+        taken[span.start + top_positive(own, least)] = True
+        within[span.start + top_positive(own, most)] = True
+    for allowed in (within, torch.ones_like(within)):
+        free = torch.where(allowed & ~taken, scores, torch.zeros_like(scores))
+        taken[top_positive(free, k - int(taken.sum()))] = True
+    return taken.nonzero().flatten()
+
+
+def _ceil(x: float) -> int:
+    """⌈x⌉, whatever the last bits of a product that should be whole."""
+    return math.ceil(x - 1e-9)

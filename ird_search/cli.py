@@ -18,7 +18,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,6 +128,7 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
 
         def run(**given: Any) -> None:
             settings = {n: v for n in names if (v := given.pop(n)) not in (None, [])}
+            settings = {n: [] if v == ["none"] else v for n, v in settings.items()}
             command(**given, settings=settings)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -147,14 +148,12 @@ def _parameter(config: type, f: Any) -> inspect.Parameter:
     flag = f"--{f.name.replace('_', '-').removesuffix('-columns')}"
     flag += "-column" if f.name == "text_columns" else ""
     names = [f"{flag}/--no{flag[1:]}"] if hint is bool else [flag]
-    default = (
-        ""
-        if f.default is None or f.default is False or f.default == ()
-        else f" [default: {f.default}]"
-    )
+    shown = ", ".join(f.default) if isinstance(f.default, tuple) else f.default
+    default = "" if shown in (None, False, "") else f" [default: {shown}]"
+    repeat = " (repeatable; none for an empty list)" if many and shown else " (repeatable)"
     option = typer.Option(
         *names,
-        help=f.metadata["help"] + default + (" (repeatable)" if many else ""),
+        help=f.metadata["help"] + default + (repeat if many else ""),
         show_default=False,
     )
     kind = list[str] if many else hint
@@ -274,6 +273,30 @@ def demo(
     """
     module = import_module("ird_search.demo")
     _show(module.run(output, seed=seed, workers=workers, fresh=fresh), output, as_json)
+
+
+@app.command(short_help="The samples of a finished run, as positions in its data.")
+@guarded
+def rows(
+    output: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="of a finished run")],
+    which: Annotated[
+        Literal["chosen", "outliers", "suspects"],
+        typer.Option(
+            help="chosen for the mask; with far larger scores than the others; with labels that "
+            "the trained model contradicts"
+        ),
+    ] = "chosen",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print which rows of the data a finished run chose, or found odd: one position a line.
+
+    Positions count from 0. With --json, all that is known of every row of the pool.
+    """
+    found = import_module("ird_search.sample_report").read_report(output)
+    if as_json:
+        print(json.dumps([asdict(row) for row in found.rows], indent=1))
+    else:
+        print(*getattr(found, which), sep="\n", end="\n" if getattr(found, which) else "")
 
 
 @app.command(name="inspect")

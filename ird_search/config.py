@@ -14,7 +14,12 @@ from typing import Any, Literal
 
 from ird_search.errors import UsageError, nearest
 
-Strategy = Literal["walk", "ladder"]
+Strategy = Literal["walk", "ladder", "grid", "tpe", "random", "fish"]
+Criterion = Literal["fisher", "mean", "snr"]
+Granularity = Literal["entry", "row", "column", "block"]
+Part = Literal["criterion", "ceiling", "skip"]
+Pick = Literal["target", "smallest", "knee"]
+Control = Literal["random", "fish", "reversed", "magnitude", "shuffle", "lora", "full", "head"]
 Method = Literal["auto", "taps", "vmap", "loop"]
 Score = Literal["loss", "auc"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -59,6 +64,44 @@ class SearchConfig:
         0.005, "fraction of the candidate parameters to select", low=0, high=1, open=True
     )
     strategy: Strategy = setting("walk", "how (samples, parameters) pairs are nominated")
+    trials: int = setting(20, "pairs that tpe and random try", low=1)
+    pick: Pick = setting(
+        "target",
+        "the best mask of the density asked for, or the smallest within tolerance, or the knee of "
+        "the densities below it",
+    )
+    tolerance: float | None = setting(
+        None,
+        "loss that a smaller mask may cost; by default what a paired test cannot tell from none",
+        low=0,
+    )
+    criterion: Criterion = setting(
+        "fisher",
+        "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients",
+    )
+    ceiling: float | None = setting(
+        None, "most that one tensor may be selected, as a multiple of the mask's density", low=1
+    )
+    floor: float = setting(
+        0.0, "least that one tensor is selected, as a multiple of the density", low=0, high=1
+    )
+    skip: float = setting(0.0, "ranks passed over at the top, as a multiple of the budget", low=0)
+    vary: tuple[Part, ...] = setting(
+        ("criterion", "ceiling", "skip"), "which of these the search may change by its proxies"
+    )
+    granularity: Granularity = setting("entry", "what is selected whole")
+    block: int = setting(16, "side of a block, where blocks are selected", low=1)
+    balanced: bool = setting(False, "narrow the rows to as many of each class")
+    row_cap: float | None = setting(
+        None, "rows that score above so many times the median are not kept", low=1
+    )
+    settle: float | None = setting(
+        None,
+        "draw rows until masks of half and of all share so much (Jaccard); the pool is the most",
+        low=0,
+        high=1,
+    )
+    bootstraps: int = setting(20, "bootstraps of the rows that say how stable the mask is", low=0)
     pool: int = setting(128, "samples whose Fisher contributions are computed", low=1)
     min_samples: int = setting(8, "rows at which the sample range stops shrinking", low=1)
     rounds: int = setting(4, "geometric steps from everything to the target", low=1, high=64)
@@ -71,6 +114,15 @@ class SearchConfig:
         low=0,
     )
     proxy_steps: int = setting(40, "optimizer steps of one proxy fine-tune", low=1)
+    probe_steps: int | None = setting(
+        None,
+        "optimizer steps of shorter proxies that find rates and drop the worse half of a round; by "
+        "default there are none",
+        low=1,
+    )
+    verdict_steps: int | None = setting(
+        None, "optimizer steps of the verdict's fine-tunes; by default proxy_steps", low=1
+    )
     batch_size: int = setting(16, "samples in one optimizer step", low=1)
     learning_rate: float | None = setting(
         None, "one rate for all; by default each candidate tries three", low=0, open=True
@@ -84,6 +136,10 @@ class SearchConfig:
         512, "held-out samples: one half chooses, one gives the verdict", low=4
     )
     seeds: int = setting(3, "repeats of the winner and the controls for the verdict", low=1)
+    controls: tuple[Control, ...] = setting(
+        ("random", "fish", "reversed", "magnitude", "shuffle", "lora", "full", "head"),
+        "what the winner is compared with",
+    )
     head: tuple[str, ...] | None = setting(
         None, "regular expressions of head parameters, instead of the automatic choice"
     )
@@ -170,7 +226,9 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], DataCon
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The legal words of a `Literal` setting; empty for another type."""
+    """The legal words of a `Literal` setting, or of a list of them; empty for another type."""
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
@@ -187,10 +245,22 @@ def check_settings(config: SearchConfig | DataConfig) -> None:
             object.__setattr__(config, f.name, tuple(value))
 
 
+def _list_problem(name: str, value: Any, words: tuple[str, ...]) -> str:
+    if not isinstance(value, (list, tuple)):
+        return f"{name} is {value!r}; it must be a list of {', '.join(words)}."
+    if unknown := [v for v in value if v not in words]:
+        close = nearest(str(unknown[0]), words)
+        return f"{name} holds {unknown[0]!r}; known are {', '.join(words)}.{close}"
+    return ""
+
+
 def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
     """What is wrong with one setting, in a sentence; empty when it is legal."""
     hint, low, high = hints[f.name], f.metadata["low"], f.metadata["high"]
-    if words := choices(hint):
+    words = choices(hint)
+    if words and typing.get_origin(hint) is tuple:
+        return _list_problem(f.name, value, words)
+    if words:
         if value not in words:
             close = nearest(str(value), words)
             return f"{f.name} is {value!r}; it must be one of {', '.join(words)}.{close}"

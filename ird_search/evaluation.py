@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.samples import Batch, SampleSet
-from ird_search.task import Task, logits_of
+from ird_search.task import Classification, Task, logits_of
 
 EVAL_TOKENS = 8192
 """Padded tokens in one batch of an evaluation."""
@@ -53,6 +53,23 @@ def log_likelihoods(
     for batch, logits in _answers(model, samples, device):
         found[batch.rows] = task.log_likelihood(logits, batch.labels).cpu().double()
     return found
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: nn.Module, task: Task, samples: SampleSet, *, device: torch.device
+) -> dict[str, Tensor]:
+    """`losses` [N] in evaluation mode, and `probabilities` [N, C] of a classification: float32."""
+    losses = torch.empty(len(samples))
+    rows: list[Tensor] = [torch.empty(0)] * len(samples)
+    for batch, logits in _answers(model, samples, device):
+        losses[batch.rows] = -task.log_likelihood(logits, batch.labels).float().cpu()
+        if isinstance(task, Classification):
+            for i, p in zip(batch.rows.tolist(), logits.float().softmax(-1).cpu(), strict=True):
+                rows[i] = p
+    if not isinstance(task, Classification):
+        return {"losses": losses}
+    return {"losses": losses, "probabilities": torch.stack(rows)}
 
 
 def _answers(

@@ -319,6 +319,8 @@ def _check_settings(
             f"score is 'auc', which needs two classes; this {task.name} has {classes} classes. "
             "Pass score='loss' (--score loss)."
         )
+    if config.balanced and not isinstance(task, Classification):
+        problems.append(f"balanced needs classes; this is {task.name}. Pass --no-balanced.")
     if config.pool > len(train):
         problems.append(
             f"pool is {config.pool}, but {len(train)} samples are there to draw it from. "

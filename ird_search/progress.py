@@ -23,8 +23,8 @@ class Progress:
         if self.show:
             tqdm.write(text + "\n", file=sys.stderr, end="")  # at once, or a signal parts them
 
-    def start(self, what: str, at_most: int) -> None:
-        """A bar of at most so many fine-tunes."""
+    def start(self, what: str, at_most: int | None = None) -> None:
+        """A bar of at most so many fine-tunes, or of a number that is not known."""
         self.stop()
         if self.show:
             self._bar = tqdm(

@@ -3,13 +3,19 @@
 Every candidate starts from the same weights, sees the same batches in the same order, and is
 scored on the same held-out samples. Its learning rate is its own: one shared rate decides the
 winner by itself, since a random mask wants a rate about 1/√density times that of a Fisher mask.
+
+Budgets are successive: all candidates of a round are tried for a few steps, the better half of
+them for as many as count. All short fine-tunes come before the first long one, so who goes on
+depends on no order of finishing.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,12 +30,18 @@ from ird_search.candidate import (
     ProxyScore,
     Trial,
     best_of,
+    promoted,
     rate_at,
     require_success,
 )
 from ird_search.config import SearchConfig
 from ird_search.errors import ModelError, NoProxySucceeded, out_of_memory
-from ird_search.evaluation import Evaluation, evaluate, log_likelihoods
+from ird_search.evaluation import (
+    Evaluation,
+    class_probabilities,
+    evaluate,
+    log_likelihoods,
+)
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Job, Ledger, Unit, unit_key
 from ird_search.mask import SparseMask
@@ -62,6 +74,11 @@ class Proxies:
     ) -> None:
         self.problem, self.config, self.ledger = problem, config, ledger
         self.on_trial = on_trial
+        self.steps = config.proxy_steps
+        """Optimizer steps of the fine-tunes that count."""
+        self.probe_steps = config.probe_steps or self.steps
+        """Of those that find rates and drop the worse half."""
+        self.verdict_steps = config.verdict_steps or self.steps
         self.start = "cold"
         """Names the weights that every fine-tune starts from."""
         self.left_out: dict[str, list[int]] = {}
@@ -105,9 +122,13 @@ class Proxies:
             self.sets[name] = looked_at[name].select(kept.nonzero().flatten())
 
     def _orders(self) -> list[tuple[int, int]]:
-        """(seed, steps) of all fine-tunes."""
+        """(seed, steps) of all fine-tunes; a shorter one sees no row that a longer one does not."""
         c, p = self.config, self.problem
-        orders = [(derive(c.seed, "batches", s), c.proxy_steps) for s in range(c.seeds + 1)]
+        longest = max(self.steps, self.verdict_steps)
+        orders = [(derive(c.seed, "batches", 0), longest)]
+        orders += [
+            (derive(c.seed, "batches", s), self.verdict_steps) for s in range(1, c.seeds + 1)
+        ]
         orders.append((derive(c.seed, "warm-up"), c.warmup_steps))
         orders.append(
             (derive(c.seed, "scoring point"), scoring_steps(c.scoring_steps, p.model, p.space))
@@ -188,20 +209,49 @@ class Proxies:
         )
 
     def score(self, candidate: Candidate) -> ProxyScore:
-        """The candidate's best trial over learning rates a factor of 3 apart."""
+        """One candidate's best trial; see `scores`."""
         return self.scores([candidate])[0]
 
-    def scores(self, candidates: Sequence[Candidate]) -> list[ProxyScore]:
+    def scores(
+        self, candidates: Sequence[Candidate], *, promote: float = 0.5, steps: int | None = None
+    ) -> list[ProxyScore]:
         """Each candidate's best trial over learning rates a factor of 3 apart.
 
-        Three rates around its own start; while the best is at an end, one more beyond it.
+        All are tried for `probe_steps`, at three rates around their own start and beyond an end
+        while the best is there. The best of them go on to `proxy_steps`, at their best rate, the
+        next higher one, and on from there while that is better. A candidate that fails at every
+        rate goes on only where all do. Where all go on anyway, there is no short fine-tune.
+
+        Args:
+            promote: the share that goes on, rounded up; others come back with `short` set.
+            steps: of the longer fine-tunes; by default `proxy_steps`.
         """
-        probes = [Probe(c, self._fixed_rate(c)) for c in candidates]
+        count, steps = math.ceil(promote * len(candidates)), steps or self.steps
+        if count >= len(candidates) or self.probe_steps >= steps:
+            return self._probed([self._probe(c) for c in candidates], steps)
+        short = self._probed([self._probe(c) for c in candidates], self.probe_steps)
+        going = promoted(short, candidates, count)
+        longer = self._probed(
+            [self._probe(candidates[i], short[i].best.rate) for i in going], steps
+        )
+        found = [replace(s, short=True) for s in short]
+        for i, score in zip(going, longer, strict=True):
+            found[i] = replace(score, probes=short[i].trials)
+        return found
+
+    def _probe(self, candidate: Candidate, best: float | None = None) -> Probe:
+        """The rates to try; `best` is what a shorter probe found."""
+        if (rate := self._fixed_rate(candidate)) is not None:
+            return Probe.at(candidate, rate)
+        return Probe.around(candidate) if best is None else Probe.longer(candidate, best)
+
+    def _probed(self, probes: Sequence[Probe], steps: int) -> list[ProxyScore]:
+        """All probes at one budget, as many fine-tunes at a time as can be known to be wanted."""
         while wanted := [(probe, rate) for probe in probes for rate in probe.wanted()]:
-            found = self.trials([Attempt(probe.candidate, rate) for probe, rate in wanted])
+            found = self.trials([Attempt(p.candidate, rate, steps) for p, rate in wanted])
             for (probe, rate), trial in zip(wanted, found, strict=True):
                 probe.trials[rate] = trial
-        return [best_of([p.trials[rate] for rate in sorted(p.trials)]) for p in probes]
+        return [probe.found for probe in probes]
 
     def _fixed_rate(self, candidate: Candidate) -> float | None:
         if candidate.kind == "head" and not self.problem.head:
@@ -211,8 +261,9 @@ class Proxies:
     def trial(
         self, candidate: Candidate, rate: float, *, seed: int = 0, verdict: bool = False
     ) -> Trial:
-        """One fine-tune at one rate; see `Attempt`."""
-        return self.trials([Attempt(candidate, rate, seed, verdict)])[0]
+        """One fine-tune of full length at one rate; see `Attempt`."""
+        steps = self.verdict_steps if verdict else self.steps
+        return self.trials([Attempt(candidate, rate, steps, seed, verdict)])[0]
 
     def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
         """What became of each; those that the ledger holds, or another process does, are not done.
@@ -234,7 +285,34 @@ class Proxies:
             on_done=tell,
         )
         units = dict(zip(jobs, found, strict=True))
-        return [_trial_of(units[key]) for key in keys]
+        return [Trial.of_unit(units[key]) for key in keys]
+
+    def answers(
+        self, candidate: Candidate, rate: float, samples: SampleSet
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the model says of some samples once a candidate is trained.
+
+        Returns:
+            Negative log-likelihoods, float32 [N], NaN where the fine-tune diverged; and the
+            probabilities of the classes, [N, C], of a classification.
+        """
+        attempt = Attempt(candidate, rate, self.steps)
+
+        def answered() -> Unit:
+            p = self.problem
+            saved = snapshot(p.model, candidate.mask, self._dense(candidate))
+            try:
+                seed = derive(self.config.seed, "batches", attempt.seed)
+                self._train(candidate, rate, seed, attempt.steps)
+                return Unit({}, class_probabilities(p.model, p.task, samples, device=p.device))
+            except Diverged:
+                return Unit({}, {"losses": torch.full((len(samples),), torch.nan)})
+            finally:
+                saved.restore()
+
+        key = unit_key({"answers": samples.fingerprint, **self._unit(attempt)})
+        (unit,) = self.ledger.finish([Job("check", key, answered)])
+        return unit.tensors["losses"], unit.tensors.get("probabilities")
 
     def _done(self, attempt: Attempt) -> Unit:
         """What became of it, and what was wanted, to be told to the study."""
@@ -242,21 +320,24 @@ class Proxies:
         told = {
             "kind": candidate.kind,
             "samples": candidate.samples,
-            "parameters": candidate.mask.count,
+            "parameters": candidate.count,
+            "steps": attempt.steps,
             "stage": "verdict" if attempt.verdict else stage,
         }
-        return Unit({"trial": asdict(self._run(attempt)), "told": told})
+        return self._run(attempt).to_unit(told)
 
     def _unit(self, attempt: Attempt) -> dict[str, Any]:
         """Everything that the outcome of an attempt depends on."""
         c, candidate = self.config, attempt.candidate
+        adapter = candidate.adapter
         return {
             "problem": self.problem.fingerprint,
             "start": self.start,
             "head_rate": c.head_learning_rate,
-            "settings": (c.proxy_steps, c.batch_size, c.weight_decay, c.score, c.seed),
+            "settings": (attempt.steps, c.batch_size, c.weight_decay, c.score, c.seed),
             "kind": candidate.kind if candidate.kind in ("full", "head") else "mask",
             "mask": candidate.mask.digest,
+            "adapter": None if adapter is None else adapter.about,
             "rate": attempt.rate,
             "seed": attempt.seed,
             "verdict": attempt.verdict,
@@ -267,10 +348,11 @@ class Proxies:
         candidate, p = attempt.candidate, self.problem
         saved = snapshot(p.model, candidate.mask, self._dense(candidate))
         try:
-            order = derive(self.config.seed, "batches", attempt.seed)
-            self._train(candidate, attempt.rate, order, self.config.proxy_steps)
-            samples = self.sets["verdict" if attempt.verdict else "choose"]
-            found = evaluate(p.model, p.task, samples, device=p.device)
+            with self._with_adapter(attempt) as trained:
+                order = derive(self.config.seed, "batches", attempt.seed)
+                self._train(trained, attempt.rate, order, attempt.steps)
+                samples = self.sets["verdict" if attempt.verdict else "choose"]
+                found = evaluate(p.model, p.task, samples, device=p.device)
             return self._trial(attempt, found, time.perf_counter() - began)
         except Exception as problem:  # whatever a model raises
             if out_of_memory(problem):
@@ -289,7 +371,18 @@ class Proxies:
         if odd := [name for name, value in found.metrics.items() if not np.isfinite(value)]:
             return Trial(rate, seed, 0.0, 0.0, {}, seconds, f"{odd[0]} is not finite")
         score = 1 - found.metrics["auc"] if self.config.score == "auc" else loss
-        return Trial(rate, seed, loss, score, found.metrics, seconds)
+        losses = found.losses.float()
+        return Trial(rate, seed, loss, score, found.metrics, seconds, losses=losses)
+
+    @contextmanager
+    def _with_adapter(self, attempt: Attempt) -> Iterator[Candidate]:
+        """What is to be trained: the candidate, or the mask of its adapter, put in for a time."""
+        candidate, seed = attempt.candidate, derive(self.config.seed, "adapter", attempt.seed)
+        if candidate.adapter is None:
+            yield candidate
+            return
+        with candidate.adapter.within(self.problem.model, seed=seed) as mask:
+            yield replace(candidate, mask=mask, adapter=None)
 
     def _dense(self, candidate: Candidate) -> tuple[str, ...]:
         """Names of the parameters that are trained fully."""
@@ -323,10 +416,6 @@ class Proxies:
             there = (p.train.batch(rows, p.device) for rows in batches)
             with sparse_backward(p.model, candidate.mask, dense):
                 finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
-
-
-def _trial_of(unit: Unit) -> Trial:
-    return Trial(**unit.result["trial"])
 
 
 def training_batches(samples: SampleSet, steps: int, *, size: int, seed: int) -> list[Tensor]:

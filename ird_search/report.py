@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ird_search.candidate import ProxyScore
-from ird_search.search import Round, Scored
-from ird_search.verdict import NAMES, Entry, Verdict
+from ird_search.candidate import Kind, ProxyScore, Trial
+from ird_search.pair import Scored
+from ird_search.search import Round
+from ird_search.verdict import NAMES, OTHERS, Entry, Verdict
+
+SENTENCES: tuple[Kind, ...] = ("random", "shuffle", "fish")
+"""Controls that a person is told of in words; the record has a sentence for each."""
+
+INTERVALS = "Gains are paired; their 95% intervals cover other seeds and other held-out samples."
 
 COLUMNS = ("", "samples", "density", "trained", "rate", "loss, 1st half", "loss, 2nd half", "")
 
@@ -43,6 +49,8 @@ def markdown_table(verdict: Verdict) -> str:
 def explained(verdict: Verdict, fixed_rate: float | None = None) -> str:
     """What the numbers are, and the plain sentences.
 
+    A winner that is no better than a random mask is told so first.
+
     Args:
         fixed_rate: the one learning rate that all lines were given, if they could not choose.
     """
@@ -53,13 +61,18 @@ def explained(verdict: Verdict, fixed_rate: float | None = None) -> str:
         )
     seeds = len(verdict["ird"].losses)
     floor = "" if math.isnan(verdict.noise) else f" Noise floor: {verdict.noise:.4f}."
+    sentences = [verdict.sentence(kind) for kind in SENTENCES if kind in verdict]
+    first = [verdict.sentence()] if "random" in verdict and not verdict.better else []
     return "\n".join(
         [
+            *first,
             f"Loss is held-out negative log-likelihood. The 1st half chose among candidates; the "
             f"2nd half ({verdict.samples} samples) was seen by no choice:",
             f"mean ± standard deviation over {seeds} seeds, {rates}.{floor}",
-            verdict.sentence("random"),
-            verdict.sentence("fish"),
+            *([INTERVALS] if seeds > 1 and verdict.controls else []),
+            *(s for s in sentences if s not in first),
+            *filter(None, [verdict.allocation]),
+            *(f"Not compared with {OTHERS[k]}: {why}." for k, why in verdict.left_out.items()),
         ]
     )
 
@@ -90,6 +103,7 @@ def markdown(
     lines = [
         f"# Mask for {base['id']}",
         "",
+        *([verdict.sentence(), ""] if "random" in verdict else []),
         f"{winner.mask.count:,} of {winner.mask.space.numel:,} candidate parameters "
         f"({winner.mask.density:.3%}), from {winner.pair.rows.numel()} samples of "
         f"{dataset['origin']}. Fisher path: {provenance['fisher']['path']}.",
@@ -125,6 +139,25 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def front_lines(found: Sequence[Scored], winner: Scored) -> list[str]:
+    """The density-score front for `report.md`: what each size costs on the half that chooses."""
+    lines = [
+        "## Density and score",
+        "",
+        "No pair with at most as many parameters had a better score.",
+        "",
+        "| parameters | density | samples | reading | loss, 1st half | |",
+        "|---:|---:|---:|---|---:|---|",
+    ]
+    for s in found:
+        mark = "this mask" if s is winner else ""
+        lines.append(
+            f"| {s.mask.count:,} | {s.mask.density:.3%} | {s.pair.rows.numel()} | "
+            f"{s.pair.reading} | {_score(s.proxy)} | {mark} |"
+        )
+    return [*lines, ""]
+
+
 def _to_train(provenance: Mapping[str, Any]) -> list[str]:
     """What a trainer needs beside the mask."""
     head = ", ".join(f"`{name}`" for name in provenance["head"]) or "none"
@@ -138,7 +171,7 @@ def _to_train(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_record(verdict: Verdict) -> list[dict[str, Any]]:
-    """The verdict as plain data without NaN."""
+    """The verdict as plain data without NaN; controls with the winner's gain over them."""
     return [
         {
             "kind": e.kind,
@@ -150,9 +183,19 @@ def verdict_record(verdict: Verdict) -> list[dict[str, Any]]:
             "losses": list(e.losses),
             verdict.metric_name: _number(e.metric),
             "failure": e.failure,
+            **(_gain_record(verdict, e.kind) if e.kind != "ird" else {}),
         }
         for e in verdict.entries
     ]
+
+
+def _gain_record(verdict: Verdict, kind: Kind) -> dict[str, Any]:
+    gain = verdict.against(kind)
+    return {
+        "gain": _number(gain.mean),
+        "half_width": _number(gain.half_width),
+        "sentence": verdict.sentence(kind),
+    }
 
 
 def _row(e: Entry) -> tuple[str, ...]:
@@ -161,7 +204,7 @@ def _row(e: Entry) -> tuple[str, ...]:
         if not e.failure
         else ("failed", e.failure, "")
     )
-    density = f"{e.density:.3%}" if e.kind not in ("full", "head") else "–"
+    density = f"{e.density:.3%}" if e.kind not in ("lora", "full", "head") else "–"
     samples = str(e.samples) if e.samples else "–"
     return (NAMES[e.kind], samples, density, f"{e.parameters:,}", f"{e.rate:.1e}", *numbers)
 
@@ -171,7 +214,10 @@ def _plus_minus(spread: float) -> str:
 
 
 def _score(proxy: ProxyScore) -> str:
-    return f"{proxy.score:.4f}" if proxy.best.ok else "failed"
+    """In brackets where it is of a short fine-tune, which compares with others of its kind only."""
+    if not proxy.best.ok:
+        return "failed"
+    return f"({proxy.score:.4f})" if proxy.short else f"{proxy.score:.4f}"
 
 
 def _scored_record(s: Scored) -> dict[str, Any]:
@@ -184,14 +230,17 @@ def _scored_record(s: Scored) -> dict[str, Any]:
         "learning_rate": best.rate,
         "score": _number(s.proxy.score),
         "metrics": dict(best.metrics),
-        "rates": [
-            {
-                "learning_rate": t.rate,
-                "score": _number(t.score) if t.ok else None,
-                "failure": t.failure,
-            }
-            for t in s.proxy.trials
-        ],
+        "short": s.proxy.short,
+        "rates": list(map(_rate_record, s.proxy.trials)),
+        "probes": list(map(_rate_record, s.proxy.probes)),
+    }
+
+
+def _rate_record(trial: Trial) -> dict[str, Any]:
+    return {
+        "learning_rate": trial.rate,
+        "score": _number(trial.score) if trial.ok else None,
+        "failure": trial.failure,
     }
 
 

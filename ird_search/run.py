@@ -4,53 +4,53 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor
 
 from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
+from ird_search.candidate import Candidate
 from ird_search.config import BESIDE_THE_RESULT, SearchConfig
+from ird_search.controls import Controls
 from ird_search.coordinates import digest
 from ird_search.crash import crash_point
-from ird_search.devices import computing, release_memory
-from ird_search.errors import UsageError, out_of_memory
-from ird_search.fisher import (
-    Elsewhere,
-    Engine,
-    FisherMatrix,
-    Loop,
-    Memory,
-    PassRecord,
-    make_engine,
-)
+from ird_search.devices import computing
+from ird_search.errors import UsageError
+from ird_search.fisher import FisherMatrix, Memory, PassRecord
+from ird_search.front import front
+from ird_search.granularity import Units
 from ird_search.ledger import Ledger, Unit
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
-from ird_search.parameters import ParameterSpace
+from ird_search.opening import open_fisher
+from ird_search.pair import Ranges, Scored
 from ird_search.problem import Problem
 from ird_search.progress import Progress
 from ird_search.proxy import Proxies
-from ird_search.rundir import MASK, REPORT, ROUNDS, RunDirectory
-from ird_search.samples import SampleSet
+from ird_search.reading import Reading
+from ird_search.rundir import INCLUSION, MASK, REPORT, ROUNDS, SAMPLES, RunDirectory
+from ird_search.sample_report import SampleReport, sample_report
 from ird_search.scoring import ScoringPoint, scoring_steps
-from ird_search.search import MOVES, Ranges, Round, Scored, SearchState, search
+from ird_search.search import Round, SearchState, search
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
+from ird_search.selector import Selector
+from ird_search.stability import Stability
+from ird_search.strategies import make_strategy
 from ird_search.study import Study
-from ird_search.task import Task
 from ird_search.training import snapshot
-from ird_search.verdict import Verdict, fish_samples, give_verdict
+from ird_search.verdict import Verdict, give_verdict, too_few
 
-CHECKED = 8
-"""Samples handed to the self-check, which compares the first two with finite gradients."""
+SMALLER = 16
+"""Where a smaller mask may be picked, it is looked for down to one of so many parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,9 @@ class SearchResult:
         score: the winner's mean loss on held-out samples that no choice has seen.
         verdict: the winner beside its controls.
         rounds: every round, with every candidate.
+        winner: the pair that was taken.
+        stability: whether other rows would have given the same mask.
+        sample_report: every row of the pool: chosen, outlier, label in doubt.
         config: the settings.
         provenance: where model, data and numbers came from; stored in the mask's file.
     """
@@ -73,29 +76,49 @@ class SearchResult:
     verdict: Verdict
     rounds: tuple[Round, ...]
     winner: Scored
+    stability: Stability
+    sample_report: SampleReport
     config: SearchConfig
     provenance: Mapping[str, Any]
 
+    @property
+    def front(self) -> list[Scored]:
+        """The density-score front: pairs that no smaller one is better than, smallest first."""
+        return front(s for r in self.rounds for s in r.nominated)
+
     def save(self, directory: str | Path) -> Path:
-        """Write `rounds.jsonl`, `report.md` and `mask.safetensors`; return the mask's path.
+        """Write the report, the rounds, the samples and the mask; return the mask's path.
 
         Raises:
             UsageError: one of these files is there already.
         """
         place = RunDirectory(Path(directory))
-        if found := [n for n in (ROUNDS, REPORT, MASK) if (place.path / n).exists()]:
+        written = (ROUNDS, SAMPLES, INCLUSION, REPORT, MASK)
+        if found := [n for n in written if (place.path / n).exists()]:
             raise UsageError(f"{place.path} holds {', '.join(found)}. Choose another directory.")
         return self.write(place)
 
     def write(self, place: RunDirectory) -> Path:
         """Write the files of a run into its own directory, the mask last."""
         place.write_rounds([report.round_record(r) for r in self.rounds])
-        text = report.markdown(self.verdict, self.rounds, self.winner, self.provenance)
-        place.write(REPORT, text)
+        place.write(SAMPLES, self.sample_report.lines())
+        place.write(INCLUSION, save(self.stability.by_parameter(self.mask)))
+        place.write(REPORT, self.markdown())
         crash_point("report written")
         save_mask(place.mask, self.mask, samples=self.samples, provenance=self.provenance)
         crash_point("mask in place")
         return place.mask
+
+    def markdown(self) -> str:
+        """`report.md`."""
+        text = report.markdown(self.verdict, self.rounds, self.winner, self.provenance)
+        parts = [
+            *report.front_lines(self.front, self.winner),
+            "## The samples",
+            "",
+            *(f"* {line}" for line in (*self.sample_report.summary(), str(self.stability))),
+        ]
+        return "\n".join([text, *parts, ""])
 
     def table(self) -> str:
         """The verdict as a table with its explanation."""
@@ -149,6 +172,13 @@ class Run:
                 finite = scores.float().isfinite()  # samples that were left out told nothing
                 ids = self.pool.ids[winner.pair.rows][finite]
                 chosen = ChosenRows(ids, scores[finite].float())
+                stability = narrowings.stability(
+                    winner.pair,
+                    winner.mask,
+                    bootstraps=config.bootstraps,
+                    seed=derive(config.seed, "bootstraps"),
+                )
+                rows = self._sample_report(winner, verdict["ird"].rate, narrowings)
         finally:
             self.show.stop()
         self.ledger.clear("fisher")
@@ -159,6 +189,8 @@ class Run:
             verdict=verdict,
             rounds=state.rounds,
             winner=winner,
+            stability=stability,
+            sample_report=rows,
             config=config,
             provenance=self._provenance(winner, verdict, narrowings, problem),
         )
@@ -181,7 +213,7 @@ class Run:
         """All units of a run, in the one order that every process of it goes through."""
         self.proxies.check()
         self.proxies.warm_up()
-        narrowings = self._narrowings()
+        narrowings = self._settled(self._narrowings())
         state = self._search(narrowings)
         return narrowings, state, self._verdict(_winner(state), narrowings)
 
@@ -198,6 +230,8 @@ class Run:
             f"{p.source['dataset']['origin']}: {len(p.train):,} samples to learn from "
             f"(pool {c.pool}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
         )
+        if note := too_few(len(p.verdict)):
+            self.show.say(note)
 
     def _narrowings(self) -> Narrowings:
         """What is asked of F, with all that its answers depend on."""
@@ -220,7 +254,43 @@ class Run:
             self.show.say(f"Fisher by {fisher.engine.path}")
             return fisher
 
-        return Narrowings(opened, p.space, self.ledger, about, wait=self.helping)
+        return Narrowings(opened, self._selector(), self.ledger, about, wait=self.helping)
+
+    def _settled(self, narrowings: Narrowings) -> Narrowings:
+        """The same over fewer rows of the pool, where these give the same mask."""
+        c = self.config
+        if c.settle is None:
+            return narrowings
+        generator = torch.Generator().manual_seed(derive(c.seed, "settle"))
+        order = torch.randperm(len(self.pool), generator=generator)
+        budget = c.budget(self.problem.space.numel)
+        rows, seen = narrowings.settled(order, budget, _base(c), at=c.settle)
+        told = ", ".join(f"{n} {overlap:.0%}" for n, overlap in seen)
+        self.show.say(
+            f"Rows, and what their mask shares with that of half of them: {told}. "
+            f"{rows.numel()} of {len(self.pool)} rows are searched."
+        )
+        if rows.numel() == len(self.pool):
+            return narrowings
+        self.pool = self.pool.select(rows)
+        return self._narrowings()
+
+    def _sample_report(self, winner: Scored, rate: float, narrowings: Narrowings) -> SampleReport:
+        """The pool's rows by their scores in the mask, and by the model that it trained."""
+        everything = torch.arange(len(self.pool))
+        candidate = Candidate("ird", winner.mask, winner.pair.rows.numel())
+        losses, probabilities = self.proxies.answers(candidate, rate, self.pool)
+        scores = narrowings.row_scores(everything, winner.mask)
+        return sample_report(self.pool, scores, winner.pair.rows, losses, probabilities)
+
+    def _selector(self) -> Selector:
+        c = self.config
+        units = None
+        if c.granularity != "entry":
+            units = Units(self.problem.space, c.granularity, c.block)
+        labels = self.pool.labels if c.balanced else None
+        assert labels is None or isinstance(labels, Tensor)  # checked with the other settings
+        return Selector(self.budgets, units, c.floor, labels, c.row_cap)
 
     def _scoring_point(self, steps: int) -> ScoringPoint:
         """Where F is computed, which is not where the proxies start."""
@@ -229,21 +299,20 @@ class Run:
 
     def _search(self, narrowings: Narrowings) -> SearchState:
         c, space = self.config, self.problem.space
+        budget = c.budget(space.numel)
         ranges = Ranges.geometric(
             len(self.pool),
             space.numel,
             min_samples=c.min_samples,
-            budget=c.budget(space.numel),
+            budget=budget,
             rounds=c.rounds,
+            least=None if c.pick == "target" else max(1, budget // SMALLER),
         )
-        moves = MOVES[c.strategy]
-        rates = 3 if c.learning_rate is None else 1
-        most = (len(ranges.rows) + len(ranges.columns) - 2) * len(moves) * rates
         self.show.say(
             f"{c.strategy}: samples {' → '.join(map(str, ranges.rows))}, parameters "
             f"{' → '.join(f'{n:,}' for n in ranges.columns)}"
         )
-        self.show.start("search", most)
+        self.show.start("search")
         rounds: list[dict[str, Any]] = []
 
         def on_round(done: Round) -> None:
@@ -254,22 +323,18 @@ class Run:
             self.show.say(report.round_line(done))
 
         return search(
-            partial(narrowings.nominate, ranges=ranges, moves=moves, budgets=self.budgets),
+            make_strategy(c, narrowings, ranges, _base(c)),
             self.proxies.scores,
             ranges,
-            patience=c.patience,
+            pick=c.pick,
+            tolerance=c.tolerance,
             on_round=on_round,
         )
 
     def _verdict(self, winner: Scored, narrowings: Narrowings) -> Verdict:
-        c, train = self.config, self.problem.train
-        self.show.start("verdict", 4 * (3 if c.learning_rate is None else 1) + 5 * c.seeds)
-
-        def fish(s: int) -> SparseMask:
-            samples = fish_samples(winner, train, seed=c.seed, s=s)
-            return narrowings.fish(samples, winner.mask.count, self.budgets)
-
-        return give_verdict(winner, fish, self.proxies, seeds=c.seeds, seed=c.seed)
+        self.show.start("verdict")
+        controls = Controls.of(winner, self.proxies, narrowings)
+        return give_verdict(winner, controls, self.proxies, seeds=self.config.seeds)
 
     def _notes(self, winner: Scored, memory: Memory) -> list[str]:
         """What a reader of the table must know besides."""
@@ -303,6 +368,8 @@ class Run:
                 f"{len(ids)} {name} samples were left out: their log-likelihood is not finite. "
                 f"Rows (counting from 0): {listed}."
             )
+        if note := too_few(len(self.problem.verdict)):
+            notes.append(note)
         return notes
 
     def _told(self, done: Unit) -> None:
@@ -319,15 +386,17 @@ class Run:
     def _provenance(
         self, winner: Scored, verdict: Verdict, narrowings: Narrowings, problem: Problem
     ) -> dict[str, Any]:
-        gain, width = verdict.against("random")
-        finite = width < float("inf") and gain == gain
+        gain = verdict.against("random")
+        finite = gain.half_width < float("inf")
         memory = narrowings.memory
         return {
             **problem.source,
-            "learning_rate": winner.proxy.best.rate,
+            "learning_rate": verdict["ird"].rate,
             "head": list(problem.head),
             "verdict": report.verdict_record(verdict),
-            "against_random": {"gain": gain, "half_width": width} if finite else None,
+            "against_random": (
+                {"gain": gain.mean, "half_width": gain.half_width} if finite else None
+            ),
             "sentence": verdict.sentence("random"),
             "fisher": {
                 "path": narrowings.path,
@@ -335,67 +404,13 @@ class Run:
                 "silent_tensors": list(memory.silent or ()),
                 "excluded_samples": self.pool.ids[list(memory.excluded)].tolist(),
             },
+            "reading": winner.pair.reading.to_dict(),
             "notes": self._notes(winner, memory),
             **({"left_out": self.proxies.left_out} if self.proxies.left_out else {}),
             "search": {
                 k: v for k, v in self.config.to_dict().items() if k not in BESIDE_THE_RESULT
             },
         }
-
-
-def open_fisher(
-    model: nn.Module,
-    task: Task,
-    space: ParameterSpace,
-    samples: SampleSet,
-    config: SearchConfig,
-    device: torch.device,
-    *,
-    point: ScoringPoint | None = None,
-    record: PassRecord | None = None,
-) -> FisherMatrix:
-    """The matrix of a model on a sample set, by the fastest path that passes the self-check.
-
-    Args:
-        point: the weights to take gradients at, if not the model's own.
-        record: where long passes write down their sums.
-    """
-    engine: Engine
-    loop: Engine = Loop(model, task, space.names)
-    with point.visited() if point else nullcontext():
-        engine = _engine(model, task, space, samples, config, device) or loop
-    if point:
-        engine, loop = Elsewhere(engine, point.visited), Elsewhere(loop, point.visited)
-    return FisherMatrix(
-        engine,
-        samples,
-        space,
-        tokens=config.fisher_tokens or 512,
-        cache_bytes=config.cache_mb * 2**20,
-        device=device,
-        fallback=loop,
-        record=record,
-    )
-
-
-def _engine(
-    model: nn.Module,
-    task: Task,
-    space: ParameterSpace,
-    samples: SampleSet,
-    config: SearchConfig,
-    device: torch.device,
-) -> Engine | None:
-    """The path that passes the self-check; None where memory does not suffice for one sample."""
-    for count in (CHECKED, 2, 1):
-        example = samples.batch(torch.arange(min(count, len(samples))), device)
-        try:
-            return make_engine(model, task, space, example=example, method=config.method)
-        except (MemoryError, RuntimeError) as problem:
-            if not out_of_memory(problem):
-                raise
-        release_memory()
-    return None
 
 
 def help_out(data: bytes, directory: Path) -> None:
@@ -406,6 +421,11 @@ def help_out(data: bytes, directory: Path) -> None:
     """
     problem, config = pickle.loads(data)
     Run(problem, config, Ledger(directory), helping=True).help()
+
+
+def _base(config: SearchConfig) -> Reading:
+    """How masks are read off the gradients at first."""
+    return Reading(config.criterion, config.ceiling, config.skip)
 
 
 def _winner(state: SearchState) -> Scored:

@@ -5,6 +5,8 @@ run.json          what the run works on: it goes on with the same model and data
 ledger/           finished units: a run that was interrupted goes on from them
 study.db          the Optuna record of every proxy
 rounds.jsonl      one line a round
+samples.jsonl     one line a row of the pool: chosen, outlier, label in doubt
+inclusion.safetensors   how often bootstraps of the rows chose each entry of the mask
 report.md         the table
 mask.safetensors  the mask, written last: a directory that holds it is finished
 """
@@ -34,6 +36,7 @@ from ird_search.sealed import seal, unseal
 
 CONFIG, ABOUT, STUDY = "config.yaml", "run.json", "study.db"
 ROUNDS, REPORT, MASK = "rounds.jsonl", "report.md", "mask.safetensors"
+SAMPLES, INCLUSION = "samples.jsonl", "inclusion.safetensors"
 LOCK = ".lock"
 
 
@@ -115,9 +118,10 @@ class RunDirectory:
         finally:
             os.close(lock)
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, content: str | bytes) -> None:
         """Write one file, whole or not at all."""
-        write_atomically(self.path / name, text.encode())
+        data = content.encode() if isinstance(content, str) else content
+        write_atomically(self.path / name, data)
 
     def write_rounds(self, rounds: Sequence[Mapping[str, Any]]) -> None:
         """One JSON document a line, one line a round."""
@@ -213,7 +217,7 @@ class RunDirectory:
     def _clear(self) -> None:
         """Take away what a run has written, the settings last: they say whose the rest is."""
         shutil.rmtree(self.ledger, ignore_errors=True)
-        for name in (ABOUT, ROUNDS, REPORT, STUDY, CONFIG):
+        for name in (ABOUT, ROUNDS, SAMPLES, INCLUSION, REPORT, STUDY, CONFIG):
             (self.path / name).unlink(missing_ok=True)
 
     def _leave(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -16,7 +17,7 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from ird_search.candidate import Trial
+from ird_search.candidate import Kind, Trial
 from ird_search.errors import ResourceError
 from ird_search.ledger import Ledger, Unit
 
@@ -27,7 +28,7 @@ class Study:
     """One Optuna trial for each fine-tune: parameters, score, and what else was seen.
 
     The `stage` says what a trial was for: `warm-up`, `choose` or `verdict`; only trials of one
-    stage can be compared, since each is evaluated on its own samples.
+    stage and as many `steps` can be compared, since each stage has held-out samples of its own.
 
     Args:
         path: an SQLite file; in memory where left out. An older record there is replaced: the
@@ -38,7 +39,7 @@ class Study:
         if path is not None:
             for torn in (path, *path.parent.glob(f"{path.name}-*")):  # SQLite's journals, too
                 torn.unlink(missing_ok=True)
-        with _quiet(), _room():
+        with quiet(), _room():
             storage = None if path is None else _storage(path)
             # The sampler is named because its default changes between versions.
             self.study = optuna.create_study(
@@ -51,11 +52,12 @@ class Study:
     def record(self, done: Unit) -> None:
         """Tell Optuna of one finished fine-tune. A failed one is a failed trial with its reason."""
         trial, told = Trial(**done.result["trial"]), done.result["told"]
-        attributes = {"stage": told["stage"], "seconds": trial.seconds, "seed": trial.seed}
+        attributes = {k: told[k] for k in ("stage", "steps")}
+        attributes |= {"seconds": trial.seconds, "seed": trial.seed}
         attributes |= {f"metric_{k}": v for k, v in trial.metrics.items()}
         if trial.failure:
             attributes["failure"] = trial.failure
-        with _quiet(), _room():
+        with quiet(), _room():
             self.study.add_trial(
                 create_trial(
                     state=TrialState.COMPLETE if trial.ok else TrialState.FAIL,
@@ -67,7 +69,7 @@ class Study:
                         "learning_rate": trial.rate,
                     },
                     distributions={
-                        "kind": CategoricalDistribution(("ird", "fish", "random", "full", "head")),
+                        "kind": CategoricalDistribution(get_args(Kind)),
                         "samples": IntDistribution(0, 2**31),
                         "parameters": IntDistribution(0, 2**53),
                         "learning_rate": FloatDistribution(0, 1e300),
@@ -89,7 +91,7 @@ def is_whole(path: Path, ledger: Ledger) -> bool:
     if not path.exists():
         return False
     try:
-        with _quiet():
+        with quiet():
             found = optuna.load_study(study_name=NAME, storage=_storage(path))
             return len(found.trials) >= done  # a unit may have been lost since, and no trial
     except (KeyError, StorageInternalError, SQLAlchemyError, ValueError):
@@ -116,7 +118,7 @@ def _room() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optuna's own progress lines would mix with ours."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

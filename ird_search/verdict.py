@@ -7,37 +7,46 @@ same probe. When a random mask is as good, the verdict says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+import torch
+from torch import Tensor
 
 from ird_search.candidate import Attempt, Candidate, Kind, ProxyScore, Trial
-from ird_search.mask import SparseMask
-from ird_search.parameters import ParameterSpace
+from ird_search.controls import Controls, Draw
+from ird_search.pair import Scored
+from ird_search.paired import UNKNOWN, Gain, crossed, difference_told, samples_needed
 from ird_search.problem import Problem
 from ird_search.proxy import Proxies
-from ird_search.samples import SampleSet
-from ird_search.search import Scored
-from ird_search.seeds import derive
-from ird_search.selection import random_subset
 
 NAMES: dict[Kind, str] = {
     "ird": "IRD (this mask)",
-    "fish": "FISH, random samples",
     "random": "random mask",
+    "shuffle": "shuffled in each tensor",
+    "fish": "FISH, random samples",
+    "reversed": "reversed Fisher",
+    "magnitude": "largest weights",
+    "lora": "LoRA",
     "full": "full fine-tuning",
     "head": "head only",
 }
 
 OTHERS: dict[Kind, str] = {
     "ird": "itself",
-    "fish": "a FISH mask of the same size (random samples)",
     "random": "a random mask of the same size",
+    "shuffle": "a random mask with as many entries in each tensor",
+    "fish": "a FISH mask of the same size (random samples)",
+    "reversed": "a mask of the smallest Fisher scores",
+    "magnitude": "a mask of the largest weights",
+    "lora": "LoRA of the same size",
     "full": "full fine-tuning",
     "head": "the head alone",
 }
+
+WANTED = 0.05
+"""A difference in loss that a verdict should be able to tell."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Entry:
         losses: mean held-out loss on the verdict samples, one for each seed.
         metric: the task's metric there, the mean over seeds.
         failure: why there are no numbers; empty when there are.
+        by_sample: the loss of each verdict sample under each seed, float32 [S, n]; None where there
+            are no numbers.
     """
 
     kind: Kind
@@ -63,6 +74,7 @@ class Entry:
     losses: tuple[float, ...]
     metric: float
     failure: str = ""
+    by_sample: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def loss(self) -> float:
@@ -76,109 +88,121 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The table and its one plain sentence."""
+    """The table and its plain sentences.
+
+    Args:
+        entries: the winner's and one for each control.
+        samples: how many held-out samples it rests on.
+        left_out: controls that were asked for and are not there, with the reason.
+    """
 
     entries: tuple[Entry, ...]
     metric_name: str
     samples: int
+    left_out: Mapping[Kind, str] = field(default_factory=dict)
 
     def __getitem__(self, kind: Kind) -> Entry:
         return next(e for e in self.entries if e.kind == kind)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.controls
+
+    @property
+    def controls(self) -> tuple[Kind, ...]:
+        """What the winner is compared with."""
+        return tuple(e.kind for e in self.entries if e.kind != "ird")
+
+    @property
+    def better(self) -> bool:
+        """Whether the mask is better than a random one of its size, by more than chance."""
+        return self.against("random").better
 
     @property
     def noise(self) -> float:
         """The noise floor: the same mask under other seeds, standard deviation of its loss."""
         return self["ird"].spread
 
-    def against(self, kind: Kind) -> tuple[float, float]:
-        """(mean, half width of the 95% interval) of the winner's gain in loss, by seed.
+    def against(self, kind: Kind) -> Gain:
+        """The winner's gain in loss over a control, paired by seed and sample; see `crossed`.
 
-        Student's t over the seeds; the half width is infinite with fewer than two, and the gain
-        is NaN where either failed.
+        The half width is infinite with fewer than two seeds, and the gain is NaN where either
+        failed or the control is not there.
         """
-        theirs, ours = self[kind].losses, self["ird"].losses
-        if not theirs or not ours:
-            return float("nan"), float("inf")
-        gains = np.array(theirs) - np.array(ours)
-        if gains.size < 2:
-            return float(gains.mean()), float("inf")
-        width = stats.t.ppf(0.975, gains.size - 1) * gains.std(ddof=1) / gains.size**0.5
-        return float(gains.mean()), float(width)
+        if kind not in self:
+            return UNKNOWN
+        ours, theirs = self["ird"].by_sample, self[kind].by_sample
+        return UNKNOWN if ours is None or theirs is None else crossed(ours, theirs)
 
     def sentence(self, kind: Kind = "random") -> str:
         """Better, worse, or no better than a control: in words."""
         other = OTHERS[kind]
-        gain, width = self.against(kind)
-        seeds = len(self["ird"].losses)
-        if not np.isfinite(gain):
+        if kind not in self:
+            return f"Nothing was compared with {other}."
+        gain, seeds = self.against(kind), len(self["ird"].losses)
+        if not np.isfinite(gain.mean):
             reason = self["ird"].failure or self[kind].failure
             return f"Nothing can be said against {other}: {reason.rstrip('.')}."
-        if not np.isfinite(width):
-            return f"One seed cannot tell the mask from {other} (difference {gain:+.4f} in loss)."
-        figures = f"{abs(gain):.4f} ± {width:.4f} in held-out loss ({seeds} seeds)"
-        if gain > width:
-            return f"Better than {other} by {figures}."
-        if gain < -width:
-            return f"Worse than {other} by {figures}."
+        if not np.isfinite(gain.half_width):
+            return (
+                f"One seed cannot tell the mask from {other} (difference {gain.mean:+.4f} in loss)."
+            )
+        figures = f"{gain.half_width:.4f} in held-out loss ({seeds} seeds)"
+        if gain.better:
+            return f"Better than {other} by {gain.mean:.4f} ± {figures}."
+        if gain.worse:
+            return f"Worse than {other} by {-gain.mean:.4f} ± {figures}."
+        return f"No better than {other} here: difference {gain.mean:+.4f} ± {figures}."
+
+    @property
+    def allocation(self) -> str:
+        """Whether it matters only how many entries each tensor has; empty where that is open."""
+        if not self.better or not np.isfinite(self.against("shuffle").half_width):
+            return ""
+        if self.against("shuffle").better:
+            return "Which entries are selected matters, and not only how many in each tensor."
         return (
-            f"No better than {other} here: "
-            f"difference {gain:+.4f} ± {width:.4f} in held-out loss ({seeds} seeds)."
+            "The allocation among tensors explains the gain: entries drawn by chance, as many in "
+            "each tensor, do as well."
         )
 
 
-def give_verdict(
-    winner: Scored, fish: Callable[[int], SparseMask], proxies: Proxies, *, seeds: int, seed: int
-) -> Verdict:
+def give_verdict(winner: Scored, controls: Controls, proxies: Proxies, *, seeds: int) -> Verdict:
     """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
 
-    Random controls draw another mask, or other rows, for each seed.
-
-    Args:
-        fish: a FISH mask of the winner's size from as many random rows, for each seed.
+    Rates are found at the length that the verdict's fine-tunes have: longer ones bear larger rates.
     """
-    draw = _controls(winner, fish, proxies, seed=seed)
-    firsts = {kind: candidate(0) for kind, candidate in draw.items()}
-    others = [kind for kind in draw if kind != "ird"]
-    probes: dict[Kind, ProxyScore] = {"ird": winner.proxy}
-    probes |= zip(others, proxies.scores([firsts[k] for k in others]), strict=True)
+    ours = Candidate("ird", winner.mask, winner.pair.rows.numel(), winner.proxy.best.rate)
+    draws: dict[Kind, Draw] = {"ird": lambda s: ours, **controls.draws}
+    firsts = {kind: draw(0) for kind, draw in draws.items()}
+    steps = proxies.verdict_steps
+    scores = proxies.scores(list(firsts.values()), promote=1.0, steps=steps)
+    probes = dict(zip(draws, scores, strict=True))
     attempts = [
-        (kind, Attempt(draw[kind](s), probes[kind].best.rate, seed=s, verdict=True))
-        for kind in draw
+        (kind, Attempt(draws[kind](s), probes[kind].best.rate, steps, s, True))
+        for kind in draws
         if probes[kind].best.ok
         for s in range(1, seeds + 1)
     ]
     found = proxies.trials([attempt for _, attempt in attempts])
-    trials: dict[Kind, list[Trial]] = {kind: [] for kind in draw}
+    trials: dict[Kind, list[Trial]] = {kind: [] for kind in draws}
     for (kind, _), trial in zip(attempts, found, strict=True):
         trials[kind].append(trial)
-    entries = [_entry(k, firsts[k], probes[k], trials[k], proxies.problem) for k in draw]
-    judged = len(proxies.sets["verdict"])
-    return Verdict(tuple(entries), proxies.problem.task.metric, judged)
+    entries = [_entry(k, firsts[k], probes[k], trials[k], proxies.problem) for k in draws]
+    task, judged = proxies.problem.task, len(proxies.sets["verdict"])
+    return Verdict(tuple(entries), task.metric, judged, controls.left_out)
 
 
-def fish_samples(winner: Scored, train: SampleSet, *, seed: int, s: int) -> SampleSet:
-    """As many random training rows as the winner's mask was computed from."""
-    rows = winner.pair.rows.numel()
-    return train.select(random_subset(len(train), rows, seed=derive(seed, "fish", s)))
-
-
-def _controls(
-    winner: Scored, fish: Callable[[int], SparseMask], proxies: Proxies, *, seed: int
-) -> dict[Kind, Callable[[int], Candidate]]:
-    """What is compared, drawn anew for each seed where chance has a part in it."""
-    rows, mask = winner.pair.rows.numel(), winner.mask
-    return {
-        "ird": lambda s: Candidate("ird", mask, rows),
-        "fish": lambda s: Candidate("fish", fish(s), rows),
-        "random": lambda s: Candidate("random", random_mask(mask.space, mask.count, seed, s)),
-        "full": lambda s: proxies.full(),
-        "head": lambda s: proxies.head_only(),
-    }
-
-
-def random_mask(space: ParameterSpace, count: int, seed: int, s: int) -> SparseMask:
-    """So many entries, each as likely as any other."""
-    return SparseMask(space, random_subset(space.numel, count, seed=derive(seed, "random mask", s)))
+def too_few(samples: int) -> str:
+    """What a verdict on so many samples cannot tell, and how many it takes; empty if enough."""
+    needed = samples_needed(WANTED)
+    if samples >= needed:
+        return ""
+    return (
+        f"The verdict rests on {samples:,} held-out samples, too few to tell differences below "
+        f"about {difference_told(samples):.2f} in loss. To tell {WANTED:g} it takes about "
+        f"{needed:,}: pass more evaluation data (--eval-data), with eval_samples "
+        f"(--eval-samples) of {2 * needed:,} or more, of which one half gives the verdict."
+    )
 
 
 def _entry(
@@ -186,20 +210,22 @@ def _entry(
 ) -> Entry:
     bad = next((t for t in (probe.best, *trials) if not t.ok), None)
     metric = problem.task.metric
-    trained = (
-        sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
-        - sum(problem.model.get_parameter(n).numel() for n in problem.head)
-        if kind == "full"
-        else candidate.mask.count
-    )
+    losses = [t.losses for t in trials if t.losses is not None]
     return Entry(
         kind=kind,
         samples=candidate.samples,
         density=candidate.density,
-        parameters=trained,
+        parameters=_everything(problem) if kind == "full" else candidate.count,
         rate=probe.best.rate,
         choose=probe.score,
         losses=() if bad else tuple(t.loss for t in trials),
         metric=float("nan") if bad else float(np.mean([t.metrics[metric] for t in trials])),
         failure=bad.failure if bad else "",
+        by_sample=None if bad else torch.stack(losses),
     )
+
+
+def _everything(problem: Problem) -> int:
+    """How many parameters full fine-tuning trains beside the head."""
+    trained = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
+    return trained - sum(problem.model.get_parameter(n).numel() for n in problem.head)

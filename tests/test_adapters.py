@@ -106,7 +106,7 @@ def test_at_the_start_of_lora_one_factor_has_no_score_and_that_is_told() -> None
     result = found(model, scoring_steps=0)
     assert count_of(result, "lora_A") == 0 < count_of(result, "lora_B")
     assert result.mask.count < result.config.budget(result.mask.space.numel)
-    short, silent = result.provenance["notes"]
+    short, silent, *_ = result.provenance["notes"]
     assert short.startswith("Only ") and "lora_A" in silent and "scoring_steps" in silent
     assert silent in result.table()
     assert len(result.provenance["fisher"]["silent_tensors"]) == 4

@@ -252,7 +252,7 @@ def test_without_a_model_or_data(run: Any, tmp_path: Path) -> None:
         ("densty: 0.1\n", "Unknown setting 'densty'. Did you mean 'density'"),
         ("processor: tiny\n", "Unknown setting 'processor'."),
         ("output: here\n", "Unknown setting 'output'."),
-        ("strategy: wlak\n", "strategy is 'wlak'; it must be one of walk, ladder."),
+        ("strategy: wlak\n", "strategy is 'wlak'; it must be one of walk, ladder, grid, tpe,"),
         ("min_samples: lots\n", "min_samples is 'lots'; it must be a number."),
         ("- density\n", "must hold `name: value` lines."),
     ],

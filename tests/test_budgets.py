@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,10 +11,10 @@ from hypothesis import strategies as st
 
 from ird_search.budgets import REST, Budgets
 from ird_search.errors import UsageError
-from ird_search.narrowing import fish_mask
+from ird_search.pair import Pair, Ranges
 from ird_search.parameters import ParameterSpace
-from ird_search.search import Pair, Ranges
 from ird_search.selection import ranks
+from ird_search.selector import Selector
 from tests.test_search import nominate
 from tests.toy import DenseFisher
 
@@ -113,7 +115,71 @@ def test_the_fish_control_has_the_same_shares() -> None:
     fisher = DenseFisher(torch.rand(16, 30, generator=torch.Generator().manual_seed(0)) + 0.01)
     fisher.space = SPACE
     fisher.values[:, SPACE.span("y.lora_B.w")] *= 1e6
-    fisher.on = lambda samples: fisher
-
-    mask = fish_mask(fisher, range(16), 12, grouped())
+    mask = Selector(grouped()).fish(fisher, torch.arange(16), 12)
     assert tuple(grouped().counts(mask.coords).values()) == grouped().shares(12)
+
+
+# --- bounds for each tensor -----------------------------------------------------------------------
+
+
+def greedy(scores: torch.Tensor, k: int, floor: float, ceiling: float | None) -> set[int]:
+    """By the definition, one entry at a time, in one group."""
+    share = {n: (SPACE.span(n).stop - SPACE.span(n).start) / 30 for n in SPACE.names}
+    owner = {j: n for n in SPACE.names for j in range(30)[SPACE.span(n)]}
+    ranked = sorted((j for j in range(30) if scores[j] > 0), key=lambda j: (-float(scores[j]), j))
+    taken: list[int] = []
+    for name in SPACE.names:
+        least = math.floor(floor * k * share[name])
+        taken += [j for j in ranked if owner[j] == name][:least]
+    for bounded in (True, False):
+        for j in ranked:
+            most = 99.0 if ceiling is None or not bounded else ceiling * k * share[owner[j]]
+            own = sum(owner[i] == owner[j] for i in taken)
+            if j not in taken and len(taken) < k and own < math.ceil(most - 1e-9):
+                taken.append(j)
+    return set(taken)
+
+
+@given(
+    st.integers(0, 99),
+    st.integers(0, 30),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([None, 1.0, 1.5, 4.0]),
+)
+def test_floors_and_ceilings_by_the_definition(
+    seed: int, k: int, floor: float, ceiling: float | None
+) -> None:
+    scores = torch.rand(30, generator=torch.Generator().manual_seed(seed)) ** 4
+    scores[scores < 0.001] = 0
+    budgets = Budgets.of(SPACE, ())
+    found = budgets.ranks(scores, None, 0, k, floor=floor, ceiling=ceiling).tolist()
+    assert found == sorted(found)
+    assert set(found) == greedy(scores, k, floor, ceiling)
+    assert len(found) == min(k, int((scores > 0).sum()))
+
+
+def test_with_both_bounds_at_one_every_tensor_has_the_same_density() -> None:
+    space = ParameterSpace(("a", "b", "c"), ((10, 10), (20, 10), (700,)))
+    scores = torch.rand(1000) + torch.arange(1000)
+    for k in (10, 50, 500):
+        found = Budgets.of(space, ()).ranks(scores, None, 0, k, floor=1.0, ceiling=1.0)
+        counts = [i.numel() for i in space.localize(found).values()]
+        assert counts == [k // 10, k // 5, k * 7 // 10]
+
+
+def test_what_is_passed_over_is_passed_over_within_the_bounds() -> None:
+    scores, budgets = torch.arange(30.0) + 1, Budgets.of(SPACE, ())
+    first = budgets.ranks(scores, None, 0, 6, ceiling=1.0)
+    second = budgets.ranks(scores, None, 6, 6, ceiling=1.0)
+    rest = scores.clone()
+    rest[first] = 0
+    assert torch.equal(second, budgets.ranks(rest, None, 0, 6, ceiling=1.0))
+    assert not set(first.tolist()) & set(second.tolist())
+
+
+def test_bounds_hold_within_each_group_and_in_an_open_range() -> None:
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(3)) + 0.1
+    is_open = torch.arange(0, 30)[torch.arange(30) % 3 != 0]
+    budgets = grouped()
+    found = is_open[budgets.ranks(scores, is_open, 0, 9, ceiling=1.0)]
+    assert tuple(budgets.counts(found).values()) == budgets.shares(9)

@@ -32,6 +32,8 @@ FILES = {
     "mask.safetensors",
     "report.md",
     "rounds.jsonl",
+    "samples.jsonl",
+    "inclusion.safetensors",
     "run.json",
     "study.db",
 }
@@ -96,7 +98,7 @@ def test_json_is_one_document_and_nothing_else(finished: tuple[Path, Result]) ->
     mask = load_mask(output / "mask.safetensors")
     assert document["mask"] == str(output / "mask.safetensors")
     assert (document["parameters"], document["density"]) == (mask.count, mask.density)
-    assert [e["kind"] for e in document["verdict"]] == ["ird", "fish", "random", "full", "head"]
+    assert [e["kind"] for e in document["verdict"]] == ["ird", *SearchConfig().controls]
     assert document["learning_rate"] == 0.01 and document["score"] > 0
     assert "round 1:" in result.stderr  # progress does not go to standard output
 
@@ -126,13 +128,13 @@ def test_optuna_loads_the_record(finished: tuple[Path, Result]) -> None:
     output, _ = finished
     rounds = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
     study = optuna.load_study(study_name="ird-search", storage=f"sqlite:///{output / 'study.db'}")
-    assert len(study.trials) == len(list(output.glob("ledger/proxy-*")))  # one a fine-tune
+    assert len(study.trials) == len(list(output.glob("ledger/proxy-*.json")))  # one a fine-tune
     stages = [t.user_attrs["stage"] for t in study.trials]
     assert stages[0] == "warm-up" and set(stages) == {"warm-up", "choose", "verdict"}
     scores = {t.value for t in study.trials if t.user_attrs["stage"] == "choose"}
     assert {s["score"] for r in rounds for s in r["nominated"]} <= scores
     kinds = {t.params["kind"] for t in study.trials if t.user_attrs["stage"] == "verdict"}
-    assert kinds == {"ird", "fish", "random", "full", "head"}
+    assert kinds == {"ird", *SearchConfig().controls}
 
 
 def test_a_run_that_fails_says_why_and_keeps_its_record(place: Path, tmp_path: Path) -> None:

@@ -41,8 +41,16 @@ def refused(config: Any = SearchConfig, **settings: Any) -> str:
         ({"head": [3]}, "head is [3]; it must be a list of strings."),
         (
             {"strategy": "wlak"},
-            "strategy is 'wlak'; it must be one of walk, ladder. Did you mean 'walk'?",
+            "strategy is 'wlak'; it must be one of walk, ladder, grid, tpe, random, fish. Did you "
+            "mean 'walk'?",
         ),
+        ({"vary": "skip"}, "vary is 'skip'; it must be a list of criterion, ceiling, skip."),
+        (
+            {"controls": ["head", "randm"]},
+            "controls holds 'randm'; known are random, fish, reversed, magnitude, shuffle, lora, "
+            "full, head. Did you mean 'random'?",
+        ),
+        ({"ceiling": 0.5}, "ceiling is 0.5; it must be at least 1."),
         ({"min_samples": 200}, "min_samples (200) is larger than pool (128)."),
     ],
 )
@@ -97,6 +105,7 @@ def test_the_budget_is_the_nearest_whole_number(
 def test_choices_of_a_setting() -> None:
     hints = {f.name: f.type for f in fields(SearchConfig)}
     assert hints["strategy"] == "Strategy" and choices(int) == ()
+    assert choices(get_type_hints(SearchConfig)["vary"]) == ("criterion", "ceiling", "skip")
 
 
 @pytest.mark.parametrize("config", [SearchConfig, DataConfig])
@@ -107,4 +116,5 @@ def test_the_docs_list_every_setting_with_its_default_and_its_words(config: type
     for f in fields(config):
         (row,) = [r for r in rows if r.startswith(f"| `{f.name}` |")]
         assert f.metadata["help"] in row and all(word in row for word in choices(hints[f.name]))
-        assert f.default in (None, ()) or f"`{f.default}`" in row
+        told = ", ".join(f.default) if isinstance(f.default, tuple) else f.default
+        assert told in (None, "") or f"`{told}`" in row

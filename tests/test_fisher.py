@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ird_search.errors import DataError
 from ird_search.fisher import (
+    Contribution,
     Engine,
     FallbackWarning,
     FisherMatrix,
+    PassRecord,
     make_engine,
     register_rule,
     rules,
@@ -27,6 +30,7 @@ from ird_search.fisher.gradients import Added, Columns, Dense, Lookup, Outer, Sa
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.taps import Taps
 from ird_search.fisher.vmap import VMap
+from ird_search.ledger import Ledger
 from ird_search.parameters import ParameterSpace
 from ird_search.samples import Batch, SampleSet
 from ird_search.selection import top_k
@@ -40,9 +44,13 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @cache
-def truth(case: Case) -> Tensor:
+def true_gradients(case: Case) -> Tensor:
     p = made(case)
-    return fisher(p.model, p.task, p.samples, p.space)
+    return per_sample_gradients(p.model, p.task, p.samples, p.space)
+
+
+def truth(case: Case) -> Tensor:
+    return true_gradients(case).square()
 
 
 def engine_of(p: Problem, method: str = "auto", device: str = "cpu") -> Engine:
@@ -146,23 +154,161 @@ def test_squares_are_taken_per_sample_not_of_the_batch_sum() -> None:
     assert relative_error(ours, gradients.sum(0).square() / len(gradients)) > 0.1
 
 
+# --- the mean gradient, beside the mean square ---------------------------------------------------
+
+
+def check_moments(m: FisherMatrix, g: Tensor, density: float | None) -> None:
+    """Both moments, and that the mean square has the same bits without the mean."""
+    rows = torch.tensor([4, 0, 3])
+    columns = None if density is None else some_columns(g.shape[1], density)
+    chosen = g[rows] if columns is None else g[rows][:, columns]
+    found = m.column_moments(rows, columns)
+    assert relative_error(found.square, chosen.square().mean(0)) <= CLOSE
+    assert found.mean is not None and found.mean.dtype == torch.float32
+    assert relative_error(found.mean, chosen.mean(0)) <= CLOSE
+    alone = m.column_moments(rows, columns, mean=False)
+    assert alone.mean is None
+    assert torch.equal(alone.square, found.square)
+    assert torch.equal(m.column_scores(rows, columns), found.square)
+
+
+@by_case
+def test_moments_equal_the_reference_on_every_tier(case: Case) -> None:
+    p, g = made(case), true_gradients(case)
+    engine = engine_of(p)
+    computed = FisherMatrix(engine, p.samples, p.space, cache_bytes=0)
+    kept = FisherMatrix(engine, p.samples, p.space, cache_bytes=HUGE)
+    kept.marginals()
+    kept.cache_bytes = 0  # what is kept stays, and there is no room for a tile
+    tiled = FisherMatrix(engine, p.samples, p.space, cache_bytes=HUGE)
+    for density in (None, 0.02, 0.5):
+        for m in (computed, kept, tiled):
+            check_moments(m, g, density)
+        assert computed._tile is None and kept._tile is None
+        assert (tiled._tile is None) == (density is None)
+    assert kept.passes == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_moments_of_every_path(method: str) -> None:
+    p = named("bert-sdpa")
+    g = per_sample_gradients(p.model, p.task, p.samples, p.space)
+    for density in (None, 0.02, 0.5):
+        check_moments(matrix_of(p, method), g, density)
+
+
+def test_a_tile_is_squared_before_it_is_summed() -> None:
+    p = named("bert-sdpa")
+    m = matrix_of(p, cache_bytes=HUGE)
+    wide = some_columns(p.space.numel, 0.9)
+    m.row_scores(torch.arange(6), wide)
+    assert m._tile is not None and m._tile.values is not None
+    rows = torch.tensor([5, 1, 2])
+    for columns in (wide, wide[::3].contiguous(), wide[7:1000], wide[:1]):
+        tile = m._tile.values[rows][:, torch.isin(wide, columns)]
+        squares = [one.square() for one in tile]
+        sums = torch.stack([one.sum(dtype=torch.float64) for one in squares])
+        assert torch.equal(m.row_scores(rows, columns), sums)
+        found = m.column_moments(rows, columns)
+        assert found.mean is not None
+        assert torch.equal(found.square, (squares[0] + squares[1] + squares[2]).div_(3))
+        assert torch.equal(found.mean, (tile[0] + tile[1] + tile[2]).div_(3))
+
+
+class Interrupted:
+    """An engine that stops at its n-th batch, and counts them."""
+
+    def __init__(self, engine: Engine, at: int = 0) -> None:
+        self.engine, self.at, self.batches = engine, at, 0
+        self.path, self.names = engine.path, engine.names
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        self.batches += 1
+        if self.batches == self.at:
+            raise KeyboardInterrupt
+        return self.engine.gradients(batch)
+
+
+@pytest.mark.parametrize("density", [None, 0.02, 0.5])
+@pytest.mark.parametrize("share", [0, 100])
+def test_moments_go_on_bit_for_bit(density: float | None, share: int, tmp_path: Path) -> None:
+    p = named("bert-sdpa")
+    rows = torch.tensor([4, 0, 3, 1])
+    columns = None if density is None else some_columns(p.space.numel, density)
+    engine, memory = engine_of(p), share * 4 * p.space.numel
+    settings: dict[str, Any] = {"tokens": 8, "cache_bytes": memory}
+    whole = Interrupted(engine)
+    wanted = FisherMatrix(whole, p.samples, p.space, **settings).column_moments(rows, columns)
+    assert whole.batches >= 3
+    for at in (2, whole.batches):
+        ledger = Ledger(tmp_path / str(at))
+
+        def matrix(stop: int, ledger: Ledger = ledger) -> FisherMatrix:
+            record = PassRecord(ledger, {"of": "a test"}, every=0)
+            return FisherMatrix(
+                Interrupted(engine, stop), p.samples, p.space, record=record, **settings
+            )
+
+        # The sums of one are no sums of the other; a tile is filled alike for both.
+        for mean in (True,) if share and columns is not None else (False, True):
+            with pytest.raises(KeyboardInterrupt):
+                matrix(at).column_moments(rows, columns, mean=mean)
+        rest = matrix(0)
+        found = rest.column_moments(rows, columns)
+        assert found.mean is not None and wanted.mean is not None
+        assert torch.equal(found.square, wanted.square)
+        assert torch.equal(found.mean, wanted.mean)
+        assert isinstance(rest.engine, Interrupted)
+        assert rest.engine.batches == whole.batches - at + 1
+
+
+@pytest.mark.parametrize("density", [None, 0.02, 0.5])
+def test_memory_that_runs_out_counts_no_gradient_twice(
+    density: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = named("bert-sdpa")
+    g = per_sample_gradients(p.model, p.task, p.samples, p.space)
+    m, calls = matrix_of(p, tokens=16), 0
+
+    def full(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 9:  # some tensors' sums have the batch, others do not
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(*args, **more)
+
+        return call
+
+    for method in ("add_squares", "entries"):
+        monkeypatch.setattr(Outer, method, full(getattr(Outer, method)))
+    check_moments(m, g, density)
+    assert calls > 9
+
+
 # --- what must not matter ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
 @pytest.mark.parametrize("name", ["bert-sdpa", "gpt2", "vit"])
 def test_batch_size_and_order_do_not_matter(name: str, method: str) -> None:
-    p = named(name)
+    p, rows = named(name), torch.arange(6)
     wanted = matrix_of(p, method).marginals()
+    mean = matrix_of(p, method).column_moments(rows).mean
+    assert mean is not None
     for tokens in (1, 12, 10_000):
-        found = matrix_of(p, method, tokens=tokens).marginals()
+        m = matrix_of(p, method, tokens=tokens)
+        found, moments = m.marginals(), m.column_moments(rows)
         assert relative_error(found.columns, wanted.columns) <= CLOSE
         assert relative_error(found.rows, wanted.rows) <= CLOSE
+        assert moments.mean is not None and relative_error(moments.mean, mean) <= CLOSE
     order = torch.tensor([3, 5, 0, 1, 4, 2])
     turned = Problem(p.model, p.task, p.samples.select(order), p.space)
-    found = matrix_of(turned, method).marginals()
+    m = matrix_of(turned, method)
+    found, moments = m.marginals(), m.column_moments(rows)
     assert relative_error(found.columns, wanted.columns) <= CLOSE
     assert relative_error(found.rows, wanted.rows[order]) <= CLOSE
+    assert moments.mean is not None and relative_error(moments.mean, mean) <= CLOSE
 
 
 @pytest.mark.parametrize("method", ["auto", "vmap"])
@@ -286,7 +432,8 @@ def test_a_sample_without_a_finite_gradient_is_left_out(method: str, cache_bytes
     # tanh(∞) = 1: the log-likelihood is finite here, and so is every output gradient.
     p = many(150, 7)
     good = torch.tensor([i for i in range(150) if i != 7])
-    f = fisher(p.model, p.task, p.samples.select(good), p.space)
+    g = per_sample_gradients(p.model, p.task, p.samples.select(good), p.space)
+    f = g.square()
     m = matrix_of(p, method, cache_bytes=cache_bytes)
     found = m.marginals()
     assert m.excluded == {7}
@@ -298,6 +445,10 @@ def test_a_sample_without_a_finite_gradient_is_left_out(method: str, cache_bytes
     assert scores[1] == -torch.inf
     assert relative_error(scores[::2], f[6:8, columns].sum(1)) <= CLOSE
     assert relative_error(m.column_scores(rows, columns), f[6:8, columns].mean(0)) <= CLOSE
+    for some in (None, columns, columns[:2]):
+        mean = m.column_moments(rows, some).mean
+        wanted = g[6:8].mean(0) if some is None else g[6:8, some].mean(0)
+        assert mean is not None and relative_error(mean, wanted) <= CLOSE
     assert 1 not in top_k(scores, 2).tolist()
 
 
@@ -610,11 +761,15 @@ def test_forms_of_a_gradient_answer_alike(name: str, gradients: SampleGradients)
     for k in (0, 1, 3, 15, 30):
         columns = Columns(torch.randperm(30)[:k].sort().values, 30)
         f = g[:, columns.index].square()
-        sums = torch.ones(30)
+        sums, with_means, means = torch.ones(30), torch.ones(30), torch.ones(30)
         close = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(gradients.entries(columns), g[:, columns.index])
         torch.testing.assert_close(gradients.add_squares(sums, columns), f.sum(1), **close)
         torch.testing.assert_close(sums, 1 + g.square().sum(0), **close)
+        again = gradients.add_squares(with_means, columns, means=means)
+        torch.testing.assert_close(means, 1 + g.sum(0), **close)
+        assert torch.equal(with_means, sums)
+        assert torch.equal(again, gradients.add_squares(torch.ones(30), columns))
         torch.testing.assert_close(gradients.square_norms(columns), f.sum(1), **close)
     torch.testing.assert_close(gradients.square_norms(), g.square().sum(1), **close)
     torch.testing.assert_close(gradients.select(slice(1, 3)).dense(), g[1:])
@@ -642,3 +797,5 @@ def test_paths_equal_the_reference_on_cuda(case: Case, cuda: str) -> None:
     for method in ("auto", "vmap", "loop"):
         m = FisherMatrix(engine_of(p, method, cuda), p.samples, p.space, cache_bytes=0, device=cuda)
         check_matrix(m, f)
+        mean = m.column_moments(torch.arange(6)).mean
+        assert mean is not None and relative_error(mean, true_gradients(case).mean(0)) <= CLOSE

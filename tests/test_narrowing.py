@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from ird_search.fisher import Engine, FisherMatrix, PassRecord, make_engine, rec
 from ird_search.fisher.engine import Contribution
 from ird_search.ledger import Ledger
 from ird_search.narrowing import Narrowings
+from ird_search.pair import Pair, Ranges
+from ird_search.reading import Reading
 from ird_search.samples import Batch, SampleSet
-from ird_search.search import MOVES, Pair, Ranges
+from ird_search.selector import Selector
+from ird_search.strategies.walk import MOVES
 from tests.cases import Problem, named, problem, vectors
 from tests.test_fisher import HUGE, bytes_of_all_factors
 from tests.toy import toy_net
@@ -28,12 +32,13 @@ class Stopping:
     """An engine that is interrupted at its n-th batch."""
 
     def __init__(self, engine: Engine, at: int) -> None:
-        self.engine, self.left = engine, at
+        self.engine, self.left, self.batches = engine, at, 0
         self.path, self.names = engine.path, engine.names
         self.rows: list[int] = []
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         self.left -= 1
+        self.batches += 1
         if self.left == 0:
             raise KeyboardInterrupt
         self.rows += batch.rows.tolist()
@@ -49,17 +54,21 @@ def narrow(p: Problem, engine: Engine, directory: Path | None, cache: int) -> li
         settings["record"] = PassRecord(ledger, {"of": "a test"}, every=0)
         return FisherMatrix(engine, p.samples, p.space, **settings)
 
-    narrowings = Narrowings(opened, p.space, ledger, {"of": "a test"})
-    budgets = Budgets.of(p.space, ())
+    selector = Selector(Budgets.of(p.space, ()))
+    narrowings = Narrowings(opened, selector, ledger, {"of": "a test"})
     sizes = Ranges(SIZES.rows, (p.space.numel, *SIZES.columns[1:]))
     pair, told = Pair(torch.arange(6)), []
     for _ in range(4):
-        found = narrowings.nominate(pair, ranges=sizes, moves=MOVES["walk"], budgets=budgets)
+        found = narrowings.narrowed(pair, sizes, MOVES)
         told += [[m, q.rows.tolist(), mask.digest, q.shrunk, q.step] for m, q, mask in found]
         told += [[None if q.open is None else q.open.tolist() for _, q, _ in found]]
         pair = found[-1][1]
     mask = found[-1][2]
-    told.append([narrowings.fish(p.samples.select([4, 1]), 30, budgets).digest])
+    told.append([narrowings.fish(p.samples.select([4, 1]), 30).digest])
+    told.append([narrowings.reversed(pair.rows, 30).digest])
+    for reading in (Reading("mean", ceiling=4.0), Reading("snr", skip=1.0)):
+        told.append([narrowings.read(replace(pair, reading=reading), 25, "")[0][2].digest])
+    told.append(narrowings.descended((6, 3), (p.space.numel, 10)).tolist())
     told.append(narrowings.row_scores(pair.rows, mask).tolist())
     return [*told, [narrowings.memory.silent, narrowings.memory.excluded, narrowings.path]]
 
@@ -75,7 +84,7 @@ def test_an_interrupted_narrowing_goes_on_bit_for_bit(
     whole = Stopping(engine, -1)
     expected = narrow(p, whole, None, cache)
     assert narrow(p, engine, tmp_path / "recorded", cache) == expected
-    for at in range(1, len(whole.rows) + 1, 3 if share == 0 else 1):
+    for at in range(1, len(whole.rows) + 1, max(1, whole.batches // 6)):
         directory = tmp_path / str(at)
         stopped = Stopping(engine, at)
         try:
@@ -85,7 +94,7 @@ def test_an_interrupted_narrowing_goes_on_bit_for_bit(
             pass
         assert narrow(p, engine, directory, cache) == expected
         assert narrow(p, Stopping(engine, 1), directory, cache) == expected  # nothing is left to do
-    assert at > 2
+    assert at > 1
 
 
 def test_a_pass_goes_on_behind_its_last_batch(
@@ -120,15 +129,16 @@ def test_excluded_rows_and_silent_tensors_are_remembered(tmp_path: Path) -> None
         settings: dict[str, Any] = {"cache_bytes": HUGE, "excluded_share": 1.0}
         settings["record"] = PassRecord(ledger, {}, every=0)
         return Narrowings(
-            lambda: FisherMatrix(engine, bad, p.space, **settings), p.space, ledger, {}
+            lambda: FisherMatrix(engine, bad, p.space, **settings),
+            Selector(Budgets.of(p.space, ())),
+            ledger,
+            {},
         )
 
     sizes = Ranges((6, 3), (p.space.numel, 5))
-    budgets = Budgets.of(p.space, ())
-    asked: dict[str, Any] = {"ranges": sizes, "moves": MOVES["ladder"], "budgets": budgets}
     first, again = open_(Ledger(tmp_path)), open_(Ledger(tmp_path))
     for narrowings in (first, again):
-        narrowings.nominate(Pair(torch.arange(6)), **asked)
+        narrowings.narrowed(Pair(torch.arange(6)), sizes, ("both",))
         assert narrowings.memory.excluded == (0,) and narrowings.memory.silent == ()
     assert again._fisher is None  # no gradient was computed
 

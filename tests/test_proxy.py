@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search import proxy as module
-from ird_search.candidate import Attempt, Candidate, Trial
+from ird_search.candidate import Attempt, Candidate, ProxyScore, Trial
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.errors import DataError, NoProxySucceeded
 from ird_search.evaluation import Evaluation, evaluate
@@ -51,21 +52,25 @@ def candidates(proxies: Proxies) -> list[Candidate]:
 
 
 class Scripted(Proxies):
-    """Proxies whose trials answer from a function of the rate."""
+    """Proxies whose trials answer from a function of what is attempted."""
 
-    def __init__(self, answer: Callable[[float], float | None], **settings: Any) -> None:
+    def __init__(self, answer: Callable[[Attempt], float | None], **settings: Any) -> None:
         real = toy_proxies(**settings)
         super().__init__(real.problem, real.config, Ledger())
-        self.answer, self.tried = answer, list[float]()
+        self.answer, self.asked = answer, list[Attempt]()
 
     def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
         return [self._answered(a) for a in attempts]
 
     def _answered(self, a: Attempt) -> Trial:
-        self.tried.append(a.rate)
-        found = self.answer(a.rate)
+        self.asked.append(a)
+        found = self.answer(a)
         failure = "" if found else "diverged"
         return Trial(a.rate, a.seed, found or 0.0, found or 0.0, {}, 1.0, failure)
+
+    def tried(self, candidate: Candidate, steps: int) -> list[float]:
+        """The rates of a candidate at one budget, in their order."""
+        return [a.rate for a in self.asked if a.candidate is candidate and a.steps == steps]
 
 
 # --- the same for all ---------------------------------------------------------------------------
@@ -149,11 +154,12 @@ def test_frozen_entries_keep_their_bits_while_the_others_move(
 
 
 def probe(answer: Callable[[float], float | None], start: float = 0.01) -> tuple[list[float], Any]:
-    proxies = Scripted(answer, learning_rate=None)
-    mask = toy_mask(proxies.problem, 0)
-    found = proxies.score(Candidate("ird", mask, start=start))
-    assert [t.rate for t in found.trials] == sorted(proxies.tried)
-    return proxies.tried, found
+    proxies = Scripted(lambda a: answer(a.rate), learning_rate=None)
+    candidate = Candidate("ird", toy_mask(proxies.problem, 0), start=start)
+    found = proxies.score(candidate)
+    tried = proxies.tried(candidate, proxies.config.proxy_steps)
+    assert [t.rate for t in found.trials] == sorted(tried) and len(proxies.asked) == len(tried)
+    return tried, found
 
 
 def test_three_rates_a_factor_of_three_apart() -> None:
@@ -183,9 +189,9 @@ def test_when_all_diverge_the_score_is_infinite() -> None:
 
 
 def test_a_fixed_rate_is_the_only_one() -> None:
-    proxies = Scripted(lambda rate: 1.0, learning_rate=0.007)
+    proxies = Scripted(lambda a: 1.0, learning_rate=0.007)
     proxies.score(Candidate("random", toy_mask(proxies.problem, 0)))
-    assert proxies.tried == [0.007]
+    assert [(a.rate, a.steps) for a in proxies.asked] == [(0.007, 3)]
 
 
 def test_without_a_head_the_head_alone_is_scored_once() -> None:
@@ -203,6 +209,180 @@ def test_random_masks_begin_at_a_larger_rate() -> None:
     assert Candidate("random", sparse).start_rate() > Candidate("ird", sparse).start_rate()
     ratio = Candidate("random", sparse).start_rate() / Candidate("random", dense).start_rate()
     assert ratio == pytest.approx(4)  # 1/√density
+
+
+# --- successive budgets -------------------------------------------------------------------------
+
+SHORT, LONG = 10, 40
+BUDGETS: dict[str, Any] = {"probe_steps": SHORT, "proxy_steps": LONG, "learning_rate": None}
+
+
+def masks(proxies: Proxies, *sizes: int) -> list[Candidate]:
+    """A mask of each size."""
+    return [Candidate("ird", toy_mask(proxies.problem, *range(n)), start=0.01) for n in sizes]
+
+
+def by_size(scores: dict[int, float | None], rate: float = 0.01) -> Callable[[Attempt], Any]:
+    """A score for each size of mask, at its best at a rate."""
+
+    def answer(a: Attempt) -> float | None:
+        score = scores[a.candidate.count]
+        return None if score is None else score + abs(math.log(a.rate / rate))
+
+    return answer
+
+
+def test_all_are_tried_shortly_and_the_better_half_at_length() -> None:
+    proxies = Scripted(by_size({1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6}), **BUDGETS)
+    some = masks(proxies, 1, 2, 3, 4)
+    found = proxies.scores(some)
+    assert [f.short for f in found] == [True, False, False, True]
+    for candidate in some:
+        assert sorted(proxies.tried(candidate, SHORT)) == [0.0032, 0.01, 0.032]
+    for candidate in some[1:3]:
+        assert proxies.tried(candidate, LONG) == [0.01, 0.032]
+    assert proxies.tried(some[0], LONG) == proxies.tried(some[3], LONG) == []
+    steps = [a.steps for a in proxies.asked]
+    assert steps == sorted(steps)  # no long one before the last short one
+    assert [len(f.trials) for f in found] == [3, 2, 2, 3]
+    assert [len(f.probes) for f in found] == [0, 3, 3, 0]
+    assert min(found, key=lambda f: f.order) is found[1] and found[1].seconds == 5.0
+
+
+def test_a_long_run_ranks_before_a_short_one_and_a_failed_one_last() -> None:
+    ok, bad = Trial(0.1, 0, 0.5, 0.5), Trial(0.1, 0, 0.0, 0.0, failure="diverged")
+    better = replace(ok, score=0.1)
+    ranked = [
+        ProxyScore(ok, (ok,)),
+        ProxyScore(better, (better,), short=True),
+        ProxyScore(ok, (ok,), short=True),
+        ProxyScore(bad, (bad,)),
+        ProxyScore(bad, (bad,), short=True),
+    ]
+    assert sorted(reversed(ranked), key=lambda f: f.order) == ranked
+
+
+def test_a_longer_run_that_diverges_falls_back() -> None:
+    """What a short one got through may end a long one; then lower rates are tried."""
+
+    def answer(a: Attempt) -> float | None:
+        return None if a.steps == LONG and a.rate > 2e-3 else 1 + abs(math.log(a.rate / 0.01))
+
+    proxies = Scripted(answer, **BUDGETS)
+    one, two = masks(proxies, 1, 2)
+    found, _ = proxies.scores([one, two])
+    assert proxies.tried(one, LONG) == [0.01, 0.032, 0.0032, 0.001]
+    assert not found.short and found.best.ok and found.best.rate == 0.001
+
+
+def test_longer_runs_find_a_rate_of_their_own() -> None:
+    at_length = by_size({1: 0.5, 2: 0.3}, rate=0.1)
+    shortly = by_size({1: 0.5, 2: 0.3})
+    proxies = Scripted(lambda a: (at_length if a.steps == LONG else shortly)(a), **BUDGETS)
+    one, two = masks(proxies, 1, 2)
+    _, found = proxies.scores([one, two])
+    assert proxies.tried(two, LONG) == [0.01, 0.032, 0.1, 0.32]
+    assert found.best.rate == 0.1 and [t.rate for t in found.probes] == [0.0032, 0.01, 0.032]
+
+
+@pytest.mark.parametrize(("count", "promote", "kept"), [(3, 0.5, 2), (4, 0.25, 1), (5, 0.5, 3)])
+def test_ties_at_the_cut_go_to_fewer_parameters(count: int, promote: float, kept: int) -> None:
+    proxies = Scripted(lambda a: 1.0, **BUDGETS)
+    some = masks(proxies, *range(count, 0, -1))
+    found = proxies.scores(some, promote=promote)
+    assert [f.short for f in found] == [True] * (count - kept) + [False] * kept
+    alike = [masks(proxies, 2)[0] for _ in range(count)]  # then to the earlier
+    found = proxies.scores(alike, promote=promote)
+    assert [f.short for f in found] == [False] * kept + [True] * (count - kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "promote"),
+    [({}, 1.0), ({"probe_steps": LONG}, 0.5), ({"probe_steps": LONG + 1}, 0.5)],
+)
+def test_there_is_one_budget_where_a_second_would_decide_nothing(
+    settings: dict[str, Any], promote: float
+) -> None:
+    proxies = Scripted(by_size({1: 0.5, 2: 0.3, 3: 0.4}), **{**BUDGETS, **settings})
+    found = proxies.scores(masks(proxies, 1, 2, 3), promote=promote)
+    assert [a.steps for a in proxies.asked] == [LONG] * 9
+    assert not any(f.short or f.probes for f in found)
+
+
+def test_a_fixed_rate_is_one_fine_tune_a_budget() -> None:
+    proxies = Scripted(by_size({1: 0.5, 2: 0.3}), **{**BUDGETS, "learning_rate": 0.02})
+    found = proxies.scores(masks(proxies, 1, 2))
+    asked = [(a.candidate.count, a.rate, a.steps) for a in proxies.asked]
+    assert asked == [(1, 0.02, SHORT), (2, 0.02, SHORT), (2, 0.02, LONG)]
+    assert [f.short for f in found] == [True, False]
+
+
+def test_one_that_fails_at_every_rate_goes_no_further() -> None:
+    proxies = Scripted(by_size({1: None, 2: 0.3, 3: None, 4: None}), **BUDGETS)
+    some = masks(proxies, 1, 2, 3, 4)
+    found = proxies.scores(some)
+    assert [f.short for f in found] == [True, False, True, True]
+    assert [f.best.ok for f in found] == [False, True, False, False]
+    assert len(proxies.tried(some[0], SHORT)) == 6 and proxies.tried(some[0], LONG) == []
+
+
+def test_where_all_fail_as_many_as_ever_go_on_and_tell_why() -> None:
+    proxies = Scripted(lambda a: None, **BUDGETS)
+    found = proxies.scores(masks(proxies, 4, 3, 2, 1))
+    assert [f.short for f in found] == [True, True, False, False]
+    assert all(f.best.failure == "diverged" and f.score == float("inf") for f in found)
+
+
+def test_a_short_order_holds_no_row_that_a_long_one_lacks() -> None:
+    proxies = toy_proxies()  # 8 rows a step, 60 in all: several epochs
+    for seed in (0, 1, 2):
+        rows = {s: set(torch.cat(proxies._batches(seed, s)).tolist()) for s in range(1, 12)}
+        assert all(rows[s] <= rows[s + 1] for s in range(1, 11)) and len(rows[1]) == 8
+
+
+def test_as_many_steps_are_another_unit(tmp_path: Path) -> None:
+    proxies = toy_proxies(directory=tmp_path)
+    (candidate, *_) = candidates(proxies)
+    short, long = (Attempt(candidate, 0.01, steps) for steps in (1, 3))
+    first, second = proxies.trials([short, long])
+    assert first.loss != second.loss and len(proxies.ledger) == 2
+    assert second == proxies.trial(candidate, 0.01) and len(proxies.ledger) == 2
+    told = [unit.result["told"]["steps"] for unit in proxies.ledger.finished("proxy")]
+    assert sorted(told) == [1, 3]
+
+
+# --- the loss of each sample ----------------------------------------------------------------------
+
+
+def test_each_trial_knows_the_loss_of_every_held_out_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Evaluation:
+        found = evaluate(*args, **kwargs)
+        seen.append(found.losses)
+        return found
+
+    monkeypatch.setattr(module, "evaluate", spy)
+    for directory in (None, tmp_path):
+        proxies = toy_proxies(directory=directory)
+        trial = proxies.trial(candidates(proxies)[0], 0.01, verdict=True)
+        assert trial.losses is not None and len(trial.losses) == len(proxies.problem.verdict)
+        assert torch.equal(trial.losses, seen.pop().float())
+        assert float(trial.losses.double().mean()) == pytest.approx(trial.loss)
+    again = toy_proxies(directory=tmp_path)
+    resumed = again.trial(candidates(again)[0], 0.01, verdict=True)
+    assert not seen and resumed == trial and torch.equal(resumed.losses, trial.losses)
+    (unit,) = again.ledger.finished("proxy")
+    assert "losses" not in unit.result["trial"] and "tensor" not in repr(trial)
+
+
+def test_a_failed_trial_has_no_losses(tmp_path: Path) -> None:
+    for _ in range(2):  # also where it comes from the ledger
+        proxies = toy_proxies(with_everything(), directory=tmp_path)
+        trial = proxies.trial(proxies.full(), 3e37)
+        assert not trial.ok and trial.losses is None
 
 
 # --- failures, and what is done already -----------------------------------------------------------

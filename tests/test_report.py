@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from ird_search import report
 from ird_search.candidate import ProxyScore, Trial
 from ird_search.mask import SparseMask
+from ird_search.pair import Pair, Scored
 from ird_search.parameters import ParameterSpace
-from ird_search.search import Pair, Round, Scored
+from ird_search.search import Round
 from ird_search.verdict import Entry, Verdict
 
 SPACE = ParameterSpace(tuple(f"layer.{i}" for i in range(20)), ((10,),) * 20)
@@ -35,18 +38,21 @@ def one(move: Any, *trials: Trial) -> Scored:
     return Scored(move, pair, SparseMask(SPACE, coords), ProxyScore(best, trials))
 
 
+OURS = torch.tensor([[0.4, 0.6], [0.6, 0.8]])
 BEST, BAD = one("both", GOOD, FAILED), one("rows", FAILED)
 ROUND = Round(1, (BAD, BEST), BEST)
 VERDICT = Verdict(
     (
-        Entry("ird", 8, 0.1, 20, 1e-3, 0.25, (0.5, 0.7), 0.9),
-        Entry("fish", 8, 0.1, 20, 1e-3, 0.3, (0.6, 0.8), 0.8),
+        Entry("ird", 8, 0.1, 20, 1e-3, 0.25, (0.5, 0.7), 0.9, by_sample=OURS),
+        Entry("fish", 8, 0.1, 20, 1e-3, 0.3, (0.6, 0.8), 0.8, by_sample=OURS + 0.1),
         Entry("random", None, 0.1, 20, 1e-2, float("inf"), (), float("nan"), "Training diverged"),
-        Entry("full", None, 1.0, 1200, 3e-4, 0.2, (0.4, 0.4), 0.95),
-        Entry("head", None, 0.0, 0, 3e-3, 0.4, (0.9, 0.9), 0.5),
+        Entry("lora", None, 0.09, 18, 1e-3, 0.4, (0.5, 0.6), 0.9, by_sample=OURS),
+        Entry("full", None, 1.0, 1200, 3e-4, 0.2, (0.4, 0.4), 0.95, by_sample=OURS - 0.2),
+        Entry("head", None, 0.0, 0, 3e-3, 0.4, (0.9, 0.9), 0.5, by_sample=OURS + 0.3),
     ),
     "accuracy",
     40,
+    {"shuffle": "it is not asked for"},
 )
 
 
@@ -60,12 +66,13 @@ def test_the_table_as_text() -> None:
         "IRD (this mask) 8 10.000% 20 1.0e-03 0.2500 0.6000 ± 0.1414 0.9000"
     )
     assert " ".join(lines[2].split()).endswith("– 10.000% 20 1.0e-02 failed Training diverged")
-    assert lines[3].split()[2:6] == ["–", "–", "1,200", "3.0e-04"]
+    assert lines[3].split()[:4] == ["LoRA", "–", "–", "18"]
+    assert lines[4].split()[2:6] == ["–", "–", "1,200", "3.0e-04"]
 
 
 def test_the_table_as_markdown() -> None:
     lines = report.markdown_table(VERDICT).splitlines()
-    assert len(lines) == 7 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
     assert lines[1].startswith("|---|---:|")
 
 
@@ -74,6 +81,8 @@ def test_what_the_numbers_are() -> None:
     assert "2nd half (40 samples) was seen by no choice" in text
     assert "over 2 seeds" in text and "Noise floor: 0.1414." in text
     assert VERDICT.sentence("random") in text and VERDICT.sentence("fish") in text
+    assert "Not compared with a random mask with as many entries in each tensor: it is not" in text
+    assert VERDICT.sentence("lora") not in text  # it is in the record
 
 
 def test_one_rate_for_all_is_not_called_everyones_best() -> None:
@@ -84,6 +93,9 @@ def test_one_rate_for_all_is_not_called_everyones_best() -> None:
 
 def test_a_round_in_one_line() -> None:
     assert report.round_line(ROUND) == "round 1:   rows 8 × 20 failed   →both 8 × 20 0.2500"
+    short = replace(BEST, proxy=replace(BEST.proxy, short=True))
+    line = report.round_line(Round(2, (short, BEST), BEST))
+    assert line == "round 2:   both 8 × 20 (0.2500)   →both 8 × 20 0.2500"
 
 
 def test_records_are_json_without_nan() -> None:
@@ -95,16 +107,24 @@ def test_records_are_json_without_nan() -> None:
         {"learning_rate": 1e-3, "score": 0.25, "failure": ""},
         {"learning_rate": 1e-2, "score": None, "failure": "Training diverged"},
     ]
+    assert best["short"] is False and best["probes"] == []
     assert bad["score"] is None and (bad["samples"], bad["parameters"]) == (8, 20)
     table = json.loads(json.dumps(report.verdict_record(VERDICT), allow_nan=False))
-    assert [e["kind"] for e in table] == ["ird", "fish", "random", "full", "head"]
+    assert [e["kind"] for e in table] == ["ird", "fish", "random", "lora", "full", "head"]
     assert table[2]["choose_score"] is None and table[2]["accuracy"] is None
     assert table[2]["failure"] == "Training diverged" and table[0]["losses"] == [0.5, 0.7]
+    assert "gain" not in table[0] and table[2]["gain"] is None and table[2]["half_width"] is None
+    assert table[1]["gain"] == pytest.approx(0.1) and table[1]["half_width"] < 1e-6
+    assert table[1]["sentence"].startswith("Better than a FISH mask of the same size")
 
 
 def test_the_report() -> None:
     text = report.markdown(VERDICT, [ROUND], BEST, PROVENANCE)
-    assert text.startswith("# Mask for tiny\n\n20 of 200 candidate parameters (10.000%), from 8 ")
+    said = VERDICT.sentence()
+    assert text.startswith(f"# Mask for tiny\n\n{said}\n\n20 of 200 candidate parameters (10.000%)")
+    alone = replace(VERDICT, entries=VERDICT.entries[:2])
+    text_alone = report.markdown(alone, [ROUND], BEST, PROVENANCE)
+    assert text_alone.startswith("# Mask for tiny\n\n20 of 200")
     assert report.markdown_table(VERDICT) in text
     assert "learning rate of the mask: 1.0e-03" in text
     assert "(`dense`): `out.weight`, `out.bias`" in text

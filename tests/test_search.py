@@ -12,23 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ird_search import search as module
 from ird_search.budgets import Budgets
-from ird_search.config import Strategy
 from ird_search.errors import ModelError, NoProxySucceeded
 from ird_search.mask import SparseMask
-from ird_search.search import (
-    MOVES,
-    Narrow,
-    Pair,
-    Ranges,
-    Round,
-    Scored,
-    SearchState,
-    advance,
-    search,
-)
-from tests.toy import DenseFisher, Script, scored
+from ird_search.moves import narrowed
+from ird_search.pair import Pair, Ranges, Scored
+from ird_search.reading import Reading
+from ird_search.search import Round, SearchState, advance, search
+from ird_search.selector import Selector
+from ird_search.strategies import Ladder, Walk, walk
+from ird_search.strategies.walk import MOVES
+from tests.toy import DenseFisher, Direct, Script, scored
 
 
 def matrix(rows: int = 16, columns: int = 64, seed: int = 0) -> Tensor:
@@ -37,15 +31,15 @@ def matrix(rows: int = 16, columns: int = 64, seed: int = 0) -> Tensor:
 
 
 def nominate(fisher: Any, pair: Pair, sizes: Ranges, groups: tuple[str, ...] = ()) -> Any:
-    """All that a walk nominates."""
-    budgets = Budgets.of(fisher.space, groups)
-    return module.nominate(fisher, pair, sizes, moves=MOVES["walk"], budgets=budgets)
+    """All that a walk's narrowing nominates."""
+    return list(narrowed(fisher, Selector(Budgets.of(fisher.space, groups)), pair, sizes, MOVES))
 
 
-def narrow(fisher: Any, sizes: Ranges, strategy: Strategy) -> Narrow:
-    """What each round of a strategy nominates."""
-    budgets, moves = Budgets.of(fisher.space, ()), MOVES[strategy]
-    return lambda pair: list(module.nominate(fisher, pair, sizes, moves=moves, budgets=budgets))
+def strategy_of(name: str, fisher: Any, *, patience: int = 2, vary: Any = ()) -> Any:
+    narrowings: Any = Direct(fisher)
+    if name == "ladder":
+        return Ladder(narrowings, Reading(), patience=patience)
+    return Walk(narrowings, Reading(), vary=vary, patience=patience)
 
 
 def run(values: Tensor, answer: Any, *, budget: int = 4, rounds: int = 3, **more: Any) -> Any:
@@ -53,15 +47,15 @@ def run(values: Tensor, answer: Any, *, budget: int = 4, rounds: int = 3, **more
     least = more.pop("min_samples", 2)
     sizes = Ranges.geometric(*values.shape, min_samples=least, budget=budget, rounds=rounds)
     judge = answer if isinstance(answer, Script) else Script(answer)
-    strategy = more.pop("strategy", "walk")
-    return search(narrow(DenseFisher(values), sizes, strategy), judge, sizes, **more)
+    settings = {k: more.pop(k) for k in ("patience", "vary") if k in more}
+    strategy = strategy_of(more.pop("strategy", "walk"), DenseFisher(values), **settings)
+    return search(strategy, judge, sizes, **more)
 
 
 def shrink_rows(judge: Script, *, patience: int) -> SearchState:
     """A ladder whose columns are at the target at once, with six sizes of rows to come."""
     sizes = Ranges((512, 256, 128, 64, 32, 16, 8), (64, 4))
-    fisher = DenseFisher(matrix(512))
-    return search(narrow(fisher, sizes, "ladder"), judge, sizes, patience=patience)
+    return search(strategy_of("ladder", DenseFisher(matrix(512)), patience=patience), judge, sizes)
 
 
 def test_the_search_ends_when_nothing_new_is_left() -> None:
@@ -99,14 +93,14 @@ def test_the_walk_goes_where_the_scores_are_best(wanted: str) -> None:
 
     fisher: Any = DenseFisher(matrix())
     sizes = Ranges.geometric(16, 64, min_samples=2, budget=4, rounds=3)
-    state = SearchState(Pair(torch.arange(16)))
+    state = SearchState(sizes)
     for _ in range(3):
-        found = list(nominate(fisher, state.pair, sizes))
+        found = list(nominate(fisher, state.pair or Pair(torch.arange(16)), sizes))
         numbers = iter([0.1 if move == wanted else 0.2 for move, _, _ in found])
         nominated = tuple(
             Scored(move, pair, mask, scored(next(numbers))) for move, pair, mask in found
         )
-        state = advance(state, nominated, target=3)
+        state = advance(state, nominated)
     assert moves(state) == [wanted] * 3
     assert state.best is not None and state.best.proxy.score == 0.1
     assert state.pair.rows.numel() == (2 if wanted == "both" else 16)
@@ -148,8 +142,8 @@ def test_an_improvement_renews_the_patience() -> None:
 
 def test_the_order_of_candidates_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     winners = set()
-    for order in (MOVES["walk"], MOVES["walk"][::-1]):
-        monkeypatch.setitem(MOVES, "walk", order)
+    for order in (MOVES, MOVES[::-1]):
+        monkeypatch.setattr(walk, "MOVES", order)
         state = run(matrix(seed=3), arbitrary)
         assert state.best is not None
         winners.add((state.best.mask.digest, state.best.proxy.score))
@@ -163,7 +157,7 @@ def test_ties_go_to_fewer_parameters() -> None:
         for c, s in ((torch.arange(5), 0.5), (torch.arange(3), 0.5), (torch.arange(1), 0.6))
     )
     for order in ((many, few, worse), (few, worse, many), (worse, many, few)):
-        state = advance(SearchState(Pair(torch.arange(8))), order, target=1)
+        state = advance(SearchState(Ranges((8, 4), (64, 5))), order)
         assert state.best is few and state.rounds[0].moved_to is few
 
 
@@ -171,8 +165,8 @@ def test_what_is_no_better_does_not_replace_the_best() -> None:
     space, c = DenseFisher(matrix()).space, torch.arange(3)
     pair = Pair(torch.arange(4), None, c, 1, 1)
     first, again = (Scored("both", pair, SparseMask(space, c), scored(0.5)) for _ in range(2))
-    state = advance(SearchState(pair), (first,), target=1)
-    state = advance(state, (again,), target=1)
+    state = advance(SearchState(Ranges((8, 4), (64, 3))), (first,))
+    state = advance(state, (again,))
     assert state.best is first and state.stale == 1
 
 
@@ -302,7 +296,7 @@ def test_everything_may_be_selected(least: int) -> None:
 
 
 def test_no_gradient_at_all_is_an_error() -> None:
-    with pytest.raises(ModelError, match="Fisher score of exactly zero: no gradient reaches"):
+    with pytest.raises(ModelError, match="score of exactly zero: no gradient reaches"):
         run(torch.zeros(16, 64), arbitrary)
 
 
@@ -353,6 +347,6 @@ def test_a_failed_proxy_is_never_moved_to_beside_a_good_one() -> None:
         Scored(m, p, k, scored(0.0 if m in failing else 9.0, failure="x" * (m in failing)))
         for m, p, k in found
     )
-    state = advance(SearchState(Pair(torch.arange(16))), nominated, target=1)
+    state = advance(SearchState(Ranges(sizes.rows, sizes.columns[:2])), nominated)
     assert state.rounds[0].moved_to.move == "both" and state.best is not None
     assert state.best.move == "both"

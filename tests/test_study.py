@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import optuna
@@ -21,7 +20,7 @@ FAILED = Trial(1.0, 0, 0.0, 0.0, {}, 0.5, "Training diverged at step 3: the loss
 def told(trial: Trial, kind: str, samples: int | None, parameters: int, stage: str) -> Unit:
     """As the ledger holds it."""
     about = {"kind": kind, "samples": samples, "parameters": parameters, "stage": stage}
-    return Unit({"trial": asdict(trial), "told": about})
+    return trial.to_unit(about | {"steps": 40})
 
 
 def fill(study: Study) -> None:
@@ -38,6 +37,7 @@ def test_optuna_reads_the_record(tmp_path: Path) -> None:
     assert good.params == {"kind": "ird", "samples": 8, "parameters": 50, "learning_rate": 1e-3}
     assert good.user_attrs == {
         "stage": "round 1, both",
+        "steps": 40,
         "seconds": 1.5,
         "seed": 0,
         "metric_accuracy": 0.9,

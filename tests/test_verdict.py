@@ -1,9 +1,10 @@
-"""The verdict: sentences and intervals by hand, controls that are drawn as they should be."""
+"""The verdict: sentences and intervals by hand, and everybody treated alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,24 +12,27 @@ import torch
 from scipy import stats
 
 from ird_search import verdict as module
-from ird_search.budgets import Budgets
 from ird_search.candidate import Attempt, Candidate, Kind, Trial
-from ird_search.fisher import FisherMatrix, make_engine
+from ird_search.config import Control, choices
+from ird_search.controls import Controls, random_mask
 from ird_search.ledger import Ledger
-from ird_search.mask import SparseMask
-from ird_search.narrowing import fish_mask
+from ird_search.pair import Pair, Scored
+from ird_search.paired import Gain, crossed, samples_needed
 from ird_search.proxy import Proxies
-from ird_search.report import explained, text_table
-from ird_search.samples import SampleSet
-from ird_search.search import Pair, Scored
-from ird_search.verdict import Entry, Verdict, fish_samples, give_verdict
+from ird_search.report import INTERVALS, explained, text_table, verdict_record
+from ird_search.verdict import Entry, Verdict, give_verdict, too_few
 from tests.toy import scored, toy_mask, toy_problem
 
 KINDS: tuple[Kind, ...] = ("ird", "fish", "random", "full", "head")
+EVERY: tuple[Kind, ...] = ("ird", *choices(Control))
+HARD = torch.linspace(-0.4, 0.4, 9, dtype=torch.float64)
+"""How much harder each of nine held-out samples is than their mean, for everyone."""
 
 
 def entry(kind: Kind, *losses: float, failure: str = "") -> Entry:
-    return Entry(kind, 8, 0.1, 5, 1e-3, 0.5, losses, 0.9, failure)
+    by_sample = torch.tensor(losses, dtype=torch.float64)[:, None] + HARD
+    numbers = None if failure else by_sample
+    return Entry(kind, 8, 0.1, 5, 1e-3, 0.5, losses, 0.9, failure, numbers)
 
 
 def judged(ours: tuple[float, ...], theirs: tuple[float, ...], failure: str = "") -> Verdict:
@@ -38,41 +42,42 @@ def judged(ours: tuple[float, ...], theirs: tuple[float, ...], failure: str = ""
 class Spied(Proxies):
     """Proxies that answer from a table and remember what was asked."""
 
-    def __init__(self, answer: Callable[[Candidate, bool], float | str]) -> None:
-        problem, config = toy_problem()
+    def __init__(self, answer: Callable[[Candidate, bool], float | str], **settings: Any) -> None:
+        problem, config = toy_problem(**settings)
         super().__init__(problem, config, Ledger())
         self.answer = answer
-        self.asked: list[tuple[Candidate, float, int, bool]] = []
+        self.asked: list[Attempt] = []
 
     def trials(self, attempts: Sequence[Attempt]) -> list[Trial]:
         return [self._answered(a) for a in attempts]
 
     def _answered(self, a: Attempt) -> Trial:
-        self.asked.append((a.candidate, a.rate, a.seed, a.verdict))
+        self.asked.append(a)
         found = self.answer(a.candidate, a.verdict)
         if isinstance(found, str):
             return Trial(a.rate, a.seed, 0.0, 0.0, {}, 0.0, found)
-        return Trial(a.rate, a.seed, found + a.seed / 100, found, {"accuracy": found}, 0.0)
+        loss = found + a.seed / 100
+        return Trial(a.rate, a.seed, loss, found, {"accuracy": found}, losses=loss + HARD.float())
 
-    def asked_of(self, kind: Kind, *, verdict: bool) -> list[tuple[Candidate, float, int]]:
-        return [(c, r, s) for c, r, s, v in self.asked if c.kind == kind and v == verdict]
+    def asked_of(self, kind: Kind, *, verdict: bool) -> list[Attempt]:
+        return [a for a in self.asked if a.candidate.kind == kind and a.verdict == verdict]
 
 
-def give(proxies: Proxies, *, seeds: int = 3, seed: int = 0) -> tuple[Verdict, FisherMatrix]:
-    """The verdict on a mask of four parameters from rows 1, 3 and 5 of a pool of twelve."""
-    p = proxies.problem
-    pool = p.train.select(range(12))
-    engine = make_engine(p.model, p.task, p.space, example=pool.batch([0, 1]))
-    fisher = FisherMatrix(engine, pool, p.space)
-    mask = toy_mask(p, 0, 3, 9, 35)
+def give(proxies: Proxies, *, seeds: int = 3) -> Verdict:
+    """The verdict on a mask of four parameters from rows 1, 3 and 5 of a pool."""
+    space, mask = proxies.problem.space, toy_mask(proxies.problem, 0, 3, 9, 35)
     pair = Pair(torch.tensor([1, 3, 5]), None, mask.coords)
     winner = Scored("both", pair, mask, scored(0.4, rate=0.02))
-
-    def fish(s: int) -> SparseMask:
-        samples = fish_samples(winner, p.train, seed=seed, s=s)
-        return fish_mask(fisher, samples, mask.count, Budgets.of(p.space, ()))
-
-    return give_verdict(winner, fish, proxies, seeds=seeds, seed=seed), fisher
+    controls = Controls(
+        {
+            "fish": lambda s: Candidate("fish", toy_mask(proxies.problem, 1, 2, s + 3, 30), 3),
+            "random": lambda s: Candidate("random", random_mask(space, 4, 0, s)),
+            "full": lambda s: proxies.full(),
+            "head": lambda s: proxies.head_only(),
+        },
+        {"lora": "there is no PEFT"},
+    )
+    return give_verdict(winner, controls, proxies, seeds=seeds)
 
 
 # --- in words -----------------------------------------------------------------------------------
@@ -105,7 +110,9 @@ def test_one_seed_says_nothing() -> None:
         "One seed cannot tell the mask from a random mask of the same size (difference +0.1000 in "
         "loss)."
     )
-    assert judged((0.5,), (0.6,)).against("random")[1] == float("inf")
+    assert judged((0.5,), (0.6,)).against("random").half_width == float("inf")
+    told = [explained(judged((0.5,) * n, (0.6,) * n)) for n in (1, 2)]
+    assert [INTERVALS in text for text in told] == [False, True]
 
 
 def test_a_failed_side_says_nothing_but_why() -> None:
@@ -116,22 +123,44 @@ def test_a_failed_side_says_nothing_but_why() -> None:
     )
     ours = Verdict((entry("ird", failure="it diverged"), entry("fish", 0.5, 0.6)), "accuracy", 20)
     assert ours.sentence("fish").endswith("(random samples): it diverged.")
-    gain, width = ours.against("fish")
-    assert math.isnan(gain) and math.isinf(width) and math.isnan(ours.noise)
+    gain = ours.against("fish")
+    assert math.isnan(gain.mean) and math.isinf(gain.half_width) and math.isnan(ours.noise)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_control_that_is_not_there() -> None:
+    alone = Verdict((entry("ird", 0.5, 0.6),), "accuracy", 20)
+    assert alone.sentence() == "Nothing was compared with a random mask of the same size."
+    assert "random" not in alone and not alone.better and alone.against("random").tied
+    assert "random mask" not in explained(alone)
+
+
+@pytest.mark.parametrize("kind", EVERY[1:])
 def test_every_control_has_its_sentence(kind: Kind) -> None:
-    verdict = Verdict(tuple(entry(k, 0.5, 0.6, 0.5) for k in KINDS), "accuracy", 20)
+    verdict = Verdict(tuple(entry(k, 0.5, 0.6, 0.5) for k in EVERY), "accuracy", 20)
     assert f" {module.OTHERS[kind]} " in verdict.sentence(kind)
+    records = {r["kind"]: r for r in verdict_record(verdict)}
+    assert records[kind]["sentence"] == verdict.sentence(kind) and "sentence" not in records["ird"]
+    assert (records[kind]["gain"], records[kind]["half_width"]) == (0, 0)
+    assert module.NAMES[kind] in text_table(verdict)
 
 
-def test_the_interval_is_students_over_paired_seeds() -> None:
+def test_the_interval_is_students_over_paired_seeds_where_all_samples_agree() -> None:
     ours, theirs = (0.41, 0.52, 0.47, 0.45), (0.55, 0.56, 0.50, 0.61)
-    gain, width = judged(ours, theirs).against("random")
-    assert gain == pytest.approx(np.mean(np.array(theirs) - np.array(ours)))
+    gain = judged(ours, theirs).against("random")
+    assert gain.mean == pytest.approx(np.mean(np.array(theirs) - np.array(ours)))
     interval = stats.ttest_rel(theirs, ours).confidence_interval(0.95)
-    assert (gain - width, gain + width) == pytest.approx((interval.low, interval.high))
+    assert (gain.mean - gain.half_width, gain.mean + gain.half_width) == pytest.approx(
+        (interval.low, interval.high)
+    )
+
+
+def test_the_interval_covers_the_samples_too() -> None:
+    ours, theirs = torch.rand(3, 20), torch.rand(3, 20) + 0.1
+    lines = (
+        Entry("ird", 8, 0.1, 5, 1e-3, 0.5, (0.5,) * 3, 0.9, by_sample=ours),
+        Entry("random", 8, 0.1, 5, 1e-3, 0.5, (0.6,) * 3, 0.9, by_sample=theirs),
+    )
+    assert Verdict(lines, "accuracy", 20).against("random") == crossed(ours, theirs)
 
 
 def test_noise_is_the_winners_spread() -> None:
@@ -141,65 +170,81 @@ def test_noise_is_the_winners_spread() -> None:
     assert math.isnan(entry("ird", 0.5).spread) and math.isnan(entry("ird").loss)
 
 
-# --- how the controls are drawn -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("random", "shuffle", "said"),
+    [
+        (0.7, 0.5, "The allocation among tensors explains the gain"),
+        (0.7, 0.4, "The allocation among tensors explains the gain"),
+        (0.7, 0.6, "Which entries are selected matters"),
+        (0.5, 0.5, ""),  # no gain to explain
+        (0.4, 0.6, ""),
+    ],
+)
+def test_whether_the_allocation_explains_the_gain(random: float, shuffle: float, said: str) -> None:
+    found = {"ird": 0.5, "random": random, "shuffle": shuffle}
+    entries = tuple(entry(k, v, v + 0.01, v) for k, v in found.items())  # type: ignore[arg-type]
+    verdict = Verdict(entries, "accuracy", 20)
+    assert verdict.allocation.startswith(said) and bool(verdict.allocation) == bool(said)
+    assert verdict.sentence("shuffle") in explained(verdict)
+    assert verdict.allocation in explained(verdict)
+    without = Verdict(entries[:2], "accuracy", 20)
+    assert without.allocation == ""
+
+
+def test_no_better_than_random_is_said_first() -> None:
+    worse, better = judged((0.5, 0.6), (0.5, 0.6)), judged((0.5, 0.51), (0.9, 0.91))
+    assert explained(worse).startswith("No better than a random mask")
+    assert explained(worse).count(worse.sentence()) == 1
+    assert not explained(better).startswith("Better") and better.sentence() in explained(better)
+
+
+# --- everybody alike ----------------------------------------------------------------------------
 
 
 def test_winner_and_controls_are_tried_alike() -> None:
-    proxies = Spied(lambda candidate, verdict: 0.5)
-    verdict, _ = give(proxies)
+    proxies = Spied(lambda candidate, verdict: 0.5, learning_rate=None, verdict_steps=7)
+    verdict = give(proxies)
     assert [e.kind for e in verdict.entries] == list(KINDS)
     for kind in KINDS:
-        on_other_samples = proxies.asked_of(kind, verdict=True)
-        assert [seed for _, _, seed in on_other_samples] == [1, 2, 3]
-        assert {seed for _, _, seed in proxies.asked_of(kind, verdict=False)} <= {0}
-        rates = {rate for _, rate, _ in on_other_samples}
-        assert rates == {verdict[kind].rate} == {0.02 if kind == "ird" else 0.01}
+        probed, unseen = (proxies.asked_of(kind, verdict=v) for v in (False, True))
+        assert [a.seed for a in unseen] == [1, 2, 3] and {a.steps for a in unseen} == {7}
+        assert len(probed) == 6  # all rates are alike here, so it goes down as far as it may
+        assert {(a.seed, a.steps) for a in probed} == {(0, 7)}  # rates are found at that length
+        assert {a.rate for a in unseen} == {verdict[kind].rate}
         assert verdict[kind].losses == pytest.approx((0.51, 0.52, 0.53))
-    assert proxies.asked_of("ird", verdict=False) == []  # the search's own proxy stands
+        assert verdict[kind].by_sample is not None and verdict[kind].by_sample.shape == (3, 9)
+    assert {a.rate for a in proxies.asked_of("ird", verdict=False)} >= {0.01, 0.032}  # around 0.02
 
 
-def test_a_random_mask_differs_from_seed_to_seed() -> None:
+def test_each_line_has_the_rate_that_suits_it() -> None:
+    def best_at(a: Attempt, rate: float) -> Trial:
+        loss = 1 + abs(math.log(a.rate / rate))
+        return Trial(a.rate, a.seed, loss, loss, {"accuracy": 0.5}, losses=torch.ones(2))
+
+    class Tuned(Spied):
+        def _answered(self, a: Attempt) -> Trial:
+            return best_at(a, {"random": 0.1, "fish": 0.001}.get(a.candidate.kind, 0.01))
+
+    verdict = give(Tuned(lambda candidate, verdict: 0.5, learning_rate=None))
+    rates = {e.kind: e.rate for e in verdict.entries}
+    assert rates == {"ird": 0.01, "fish": 0.001, "random": 0.1, "full": 0.01, "head": 0.01}
+
+
+def test_controls_are_drawn_anew_for_each_seed() -> None:
     proxies = Spied(lambda candidate, verdict: 0.5)
     give(proxies)
-    drawn = [c.mask for c, _, _ in proxies.asked_of("random", verdict=True)]
-    drawn += [c.mask for c, _, _ in proxies.asked_of("random", verdict=False)]
-    assert len({m.digest for m in drawn}) == 4 and {m.count for m in drawn} == {4}
-    again, other = (Spied(lambda c, v: 0.5) for _ in range(2))
-    give(again)
-    give(other, seed=1)
-    first = [c.mask.digest for c, _, _ in proxies.asked_of("random", verdict=True)]
-    assert [c.mask.digest for c, _, _ in again.asked_of("random", verdict=True)] == first
-    assert [c.mask.digest for c, _, _ in other.asked_of("random", verdict=True)] != first
-
-
-def test_fish_draws_its_rows_from_the_training_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[SampleSet] = []
-    on = FisherMatrix.on
-
-    def spy(self: FisherMatrix, samples: SampleSet) -> FisherMatrix:
-        seen.append(samples)
-        return on(self, samples)
-
-    monkeypatch.setattr(FisherMatrix, "on", spy)
-    proxies = Spied(lambda candidate, verdict: 0.5)
-    _, fisher = give(proxies)
-    train = set(proxies.problem.train.ids.tolist())
-    assert [len(s) for s in seen] == [3, 3, 3, 3]  # as many rows as the winner's
-    assert all(set(s.ids.tolist()) <= train for s in seen)
-    assert len({tuple(s.ids.tolist()) for s in seen}) == 4
-    for samples, (candidate, _, _) in zip(
-        seen[1:], proxies.asked_of("fish", verdict=True), strict=True
-    ):
-        mean = on(fisher, samples).marginals().columns
-        assert set(candidate.mask.coords.tolist()) == set(mean.topk(4).indices.tolist())
+    for kind, masks in (("random", 4), ("fish", 4), ("ird", 1), ("full", 1)):
+        drawn = [a for v in (False, True) for a in proxies.asked_of(kind, verdict=v)]  # type: ignore[arg-type]
+        assert len({a.candidate.mask.digest for a in drawn}) == masks
 
 
 def test_counts_and_densities_of_the_table() -> None:
-    verdict, _ = give(Spied(lambda candidate, verdict: 0.5))
+    verdict = give(Spied(lambda candidate, verdict: 0.5))
     assert [e.parameters for e in verdict.entries] == [4, 4, 4, 40, 0]
     assert [e.density for e in verdict.entries] == [0.1, 0.1, 0.1, 1.0, 0.0]
     assert [e.samples for e in verdict.entries] == [3, 3, None, None, None]
     assert verdict.samples == 10 and verdict.metric_name == "accuracy"
+    assert "Not compared with LoRA of the same size: there is no PEFT." in explained(verdict)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -210,12 +255,29 @@ def test_a_failed_control_is_shown_with_its_reason(late: bool) -> None:
         return "Training diverged" if candidate.kind == "random" and verdict >= late else 0.5
 
     proxies = Spied(answer)
-    verdict, _ = give(proxies)
+    verdict = give(proxies)
     failed = verdict["random"]
-    assert failed.failure == "Training diverged" and failed.losses == ()
+    assert failed.failure == "Training diverged"
+    assert failed.losses == () and failed.by_sample is None
     assert len(proxies.asked_of("random", verdict=True)) == (3 if late else 0)
     table = text_table(verdict).splitlines()
     (line,) = [line for line in table if line.startswith("random mask")]
     assert "failed" in line and "Training diverged" in line
     assert "Nothing can be said against a random mask" in explained(verdict)
     assert math.isfinite(verdict["full"].loss)
+
+
+# --- whether there is enough data -----------------------------------------------------------------
+
+
+def test_too_few_held_out_samples_are_told_with_the_number_needed() -> None:
+    needed = samples_needed(module.WANTED)
+    assert too_few(needed) == ""
+    said = too_few(needed - 1)
+    assert f"rests on {needed - 1} held-out samples" in said and f"about {needed}:" in said
+    assert f"eval_samples (--eval-samples) of {2 * needed} or more" in said
+    assert "differences below about 0.22 in loss" in too_few(10)
+
+
+def test_equal_losses_are_a_gain_of_nothing() -> None:
+    assert judged((0.5, 0.5), (0.5, 0.5)).against("random") == Gain(0.0, 0.0)

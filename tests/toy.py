@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ird_search.budgets import Budgets
 from ird_search.candidate import Candidate, ProxyScore, Trial
 from ird_search.config import DataConfig, SearchConfig
+from ird_search.fisher import Moments
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
+from ird_search.moves import Move, Nomination, descended, narrowed, read
+from ird_search.pair import Pair, Ranges
 from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem, make_problem
 from ird_search.proxy import Proxies
+from ird_search.selector import Selector
 
 QUICK: dict[str, Any] = {
     "density": 0.25,
@@ -99,10 +104,16 @@ def scored(score: float, *, rate: float = 0.01, failure: str = "") -> ProxyScore
 
 
 class DenseFisher:
-    """F as an explicit matrix, answering what a search asks of a `FisherMatrix`."""
+    """F as an explicit matrix, answering what a search asks of a `FisherMatrix`.
 
-    def __init__(self, values: Tensor) -> None:
+    Args:
+        values: F.
+        signs: of the gradients; all positive where left out.
+    """
+
+    def __init__(self, values: Tensor, signs: Tensor | None = None) -> None:
         self.values = values
+        self.signs = torch.ones_like(values) if signs is None else signs
         self.space = ParameterSpace(("w",), ((values.shape[1],),))
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -110,8 +121,31 @@ class DenseFisher:
         return part.double().sum(1)
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        part = self.values[rows] if columns is None else self.values[rows][:, columns]
-        return part.mean(0)
+        return self.column_moments(rows, columns).square
+
+    def column_moments(
+        self, rows: Tensor, columns: Tensor | None = None, *, mean: bool = True
+    ) -> Moments:
+        at = slice(None) if columns is None else columns
+        gradients = self.values[rows].sqrt() * self.signs[rows]
+        return Moments(self.values[rows][:, at].mean(0), gradients[:, at].mean(0) if mean else None)
+
+
+class Direct:
+    """`Narrowings` without a ledger."""
+
+    def __init__(self, fisher: Any, selector: Selector | None = None) -> None:
+        self.fisher = fisher
+        self.selector = selector or Selector(Budgets.of(fisher.space, ()))
+
+    def narrowed(self, pair: Pair, ranges: Ranges, moves: tuple[Move, ...]) -> list[Nomination]:
+        return list(narrowed(self.fisher, self.selector, pair, ranges, moves))
+
+    def read(self, pair: Pair, k: int, move: str) -> list[Nomination]:
+        return list(read(self.fisher, self.selector, pair, k, move))
+
+    def descended(self, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+        return descended(self.fisher, self.selector, rows, columns)
 
 
 class Script:

@@ -20,7 +20,7 @@ from ird_search.errors import out_of_memory
 from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.loop import Loop
-from ird_search.fisher.matrix import FisherMatrix, Marginals
+from ird_search.fisher.matrix import FisherMatrix, Marginals, Moments
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.rules import register_rule
 from ird_search.fisher.taps import Taps
@@ -38,6 +38,7 @@ __all__ = [
     "Loop",
     "Marginals",
     "Memory",
+    "Moments",
     "PassRecord",
     "SampleGradients",
     "make_engine",

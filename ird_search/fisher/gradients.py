@@ -6,8 +6,8 @@ the output gradients g[b, t, o]:
     G[b] = Σ_t g[b, t, :] ⊗ a[b, t, :]          [o, i]
 
 so B gradients fit in B·T·(i + o) numbers instead of B·i·o. Every class here answers the same four
-questions about the B × P_l matrix G without forming it whole: the squares summed over samples,
-the squares summed over entries, single entries, and (for checks) all of it.
+questions about the B × P_l matrix G without forming it whole: the squares summed over samples (and
+with them G itself), the squares summed over entries, single entries, and (for checks) all of it.
 
 G is squared per sample, then summed; the square of a batch's summed gradient is another quantity.
 """
@@ -122,10 +122,13 @@ class SampleGradients(ABC):
             part = slice(start, min(start + step, self.batch))
             yield part, self.select(part)
 
-    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+    def add_squares(
+        self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
+    ) -> Tensor:
         """Add Σ_b G[b]² to `sums` [P_l] and return Σ_{j ∈ within} G[b, j]²: [B].
 
-        Over all entries where `within` is None; an empty choice costs nothing.
+        Over all entries where `within` is None; an empty choice costs nothing. Where `means` [P_l]
+        is given, Σ_b G[b] is added to it, while each gradient is there anyway.
         """
         scores = torch.zeros(self.batch, device=sums.device)
         for part, flat in self.formed():
@@ -133,6 +136,8 @@ class SampleGradients(ABC):
                 sums.addcmul_(flat[0], flat[0])
             else:
                 sums += flat.square().sum(0)
+            if means is not None:
+                means += flat[0] if flat.shape[0] == 1 else flat.sum(0)
             if within is None:
                 scores[part] = _row_dots(flat, flat)
             elif within.count:
@@ -238,12 +243,16 @@ class Outer(SampleGradients):
         for one, a, b in zip(out, left, right, strict=True):
             one.copy_(torch.sparse.sampled_addmm(pattern, a, b, beta=0.0).values())
 
-    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+    def add_squares(
+        self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
+    ) -> Tensor:
         if self.left.shape[1] > 1:
-            return super().add_squares(sums, within)
+            return super().add_squares(sums, within, means=means)
         # With one token G² = g² ⊗ a², so the sum over samples is one matrix product.
-        left, right = self.left[:, 0].float().square(), self.right[:, 0].float().square()
-        sums.view(self._size).addmm_(left.mT, right)
+        left, right = self.left[:, 0].float(), self.right[:, 0].float()
+        sums.view(self._size).addmm_(left.square().mT, right.square())
+        if means is not None:
+            means.view(self._size).addmm_(left.mT, right)
         return self.square_norms(within)
 
     def square_norms(self, within: Columns | None = None) -> Tensor:
@@ -307,10 +316,14 @@ class Lookup(SampleGradients):
         out[sample[pair], place] = summed[pair, columns.index[place] % summed.shape[1]]
         return out
 
-    def add_squares(self, sums: Tensor, within: Columns | None = None) -> Tensor:
+    def add_squares(
+        self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
+    ) -> Tensor:
         sample, row, summed = self._touched()
         squares = summed.square()
         sums.view(self.rows, -1).index_add_(0, row, squares)
+        if means is not None:
+            means.view(self.rows, -1).index_add_(0, row, summed)
         return self._norms(sample, row, squares, within)
 
     def square_norms(self, within: Columns | None = None) -> Tensor:

@@ -4,9 +4,13 @@
     row score      r_i(M) = Σ_{j∈M} F[i, j]
     column score   c_j(S) = 1/|S| Σ_{i∈S} F[i, j]
 
+and, where a column's sign counts, through the mean gradient beside it, from the same pass:
+
+    g[i, j] = ∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ,    m_j(S) = 1/|S| Σ_{i∈S} g[i, j]
+
 θ does not move, so what a row contributes is fixed. Three tiers, by memory:
 
-1. a *tile*: F itself, restricted to some rows and columns, once that many numbers fit;
+1. a *tile*: the gradients g themselves, of some rows and columns, once that many numbers fit;
 2. the rows' *factors* as the engine gave them, kept from the first pass: no model is needed again;
 3. recomputation, for the rows whose factors did not fit.
 """
@@ -33,6 +37,9 @@ from ird_search.samples import EXCLUDED_SHARE, SampleSet, require_few
 
 log = logging.getLogger(__name__)
 
+LEAST_TILE = 256 * 2**20
+"""Bytes of a tile that is held for a moment, however small the cache is."""
+
 _Factors = list[tuple[Tensor, dict[str, SampleGradients]]]
 """Of one batch: (finite rows, gradients by name)."""
 
@@ -51,10 +58,24 @@ class Marginals:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tile:
-    """F restricted to `rows` (positions) × `columns` (sorted coordinates), on the CPU.
+class Moments:
+    """The mean square of some columns' gradients, and their mean.
 
-    Without values it is one that an interrupted run had in memory.
+    Args:
+        square: c_j(S), float32 [k].
+        mean: m_j(S), float32 [k]; None where it was not asked for.
+    """
+
+    square: Tensor
+    mean: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """Gradients of `rows` (positions) × `columns` (sorted coordinates), on the CPU.
+
+    Without values it is one that an interrupted run had in memory. They are squared when they are
+    read, so that one tile answers for F and for the mean gradient.
     """
 
     rows: Tensor
@@ -70,8 +91,38 @@ class _Tile:
         at = torch.searchsorted(self.columns, columns).clamp_(max=self.columns.numel() - 1)
         return bool((self.columns[at] == columns).all())
 
-    def read(self, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-        """F[i, columns] for one row after another: a second tile is never formed."""
+    def row_sums(self, rows: Tensor, columns: Tensor) -> list[Tensor]:
+        """Σ_{j ∈ columns} F[i, j] for each row: squared in float32, summed in float64."""
+        wide = torch.empty(columns.numel(), dtype=torch.float64)
+        return [torch.square(one, out=wide).sum() for one in self._read(rows, columns)]
+
+    def column_sums(
+        self, rows: Tensor, columns: Tensor, *, mean: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Σ_{i ∈ rows} of F[i, j], and of g[i, j] where it is wanted."""
+        squares = torch.zeros(columns.numel())
+        means = torch.zeros(columns.numel()) if mean else None
+        for one in self._read(rows, columns):
+            squares += one.square()
+            if means is not None:
+                means += one
+        return squares, means
+
+    def resampled(
+        self, rows: Tensor, columns: Tensor, counts: Tensor, *, mean: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Σ_i counts[b, i] F[i, j], and of g[i, j] where it is wanted: [B, k]."""
+        weights = counts.float()
+        squares = torch.zeros(weights.shape[0], columns.numel())
+        means = torch.zeros_like(squares) if mean else None
+        for i, one in enumerate(self._read(rows, columns)):
+            squares.addr_(weights[:, i], one.square())
+            if means is not None:
+                means.addr_(weights[:, i], one)
+        return squares, means
+
+    def _read(self, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+        """g[i, columns] for one row after another: a second tile is never formed."""
         position = {row: i for i, row in enumerate(self.rows.tolist())}
         at = None
         if columns.numel() < self.columns.numel():
@@ -176,22 +227,8 @@ class FisherMatrix:
             within: the mask's sorted coordinates; all parameters by default.
         """
         rows = torch.arange(len(self.samples)) if rows is None else rows
-        sums = torch.zeros(self.space.numel, device=self.device)
-        flat = {name: sums[self.space.span(name)] for name in self.space.names}
-        masks = self._columns(within)
-        scores = torch.zeros(len(self.samples), dtype=torch.float64)
-
-        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
-            parts = [
-                g.add_squares(flat[n], None if masks is None else masks.get(n, self._nothing(n)))
-                for n, g in tensors.items()
-            ]
-            scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
-
-        self._pass("marginals", rows, within, {"columns": sums, "rows": scores}, add)
-        if self._silent is None:
-            self._silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
-        return Marginals(self._marked(scores)[rows], sums.div_(self._finite(rows)).cpu())
+        scores, squares, _ = self._both(rows, within, mean=False)
+        return Marginals(self._marked(scores)[rows], squares.div_(self._finite(rows)).cpu())
 
     def row_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
         """r_i(M) for the given rows: float64 [|S|]; −∞ where the gradient is not finite.
@@ -202,8 +239,8 @@ class FisherMatrix:
         """
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
         if columns is not None and (tile := self._restricted(rows, columns)) is not None:
-            for row, one in zip(rows, tile.read(rows, columns), strict=True):
-                scores[row] = one.sum(dtype=torch.float64)
+            for row, total in zip(rows, tile.row_sums(rows, columns), strict=True):
+                scores[row] = total
             return self._marked(scores)[rows]
         masks = self._columns(columns)
 
@@ -224,31 +261,105 @@ class FisherMatrix:
             rows: S as positions, int64 [|S|].
             columns: sorted coordinates; all parameters by default.
         """
+        return self.column_moments(rows, columns, mean=False).square
+
+    def column_moments(
+        self, rows: Tensor, columns: Tensor | None = None, *, mean: bool = True
+    ) -> Moments:
+        """c_j(S) and m_j(S) for the given columns, from one pass, on the CPU.
+
+        Args:
+            rows: S as positions, int64 [|S|].
+            columns: sorted coordinates; all parameters by default.
+            mean: whether m_j(S) is wanted; c_j(S) has the same bits with it and without.
+        """
         if columns is None:
-            return self.marginals(rows, within=torch.empty(0, dtype=torch.int64)).columns
-        if (tile := self._restricted(rows, columns)) is not None:
-            total = torch.zeros(columns.numel())
-            for one in tile.read(rows, columns):
-                total += one
-            return total.div_(self._finite(rows))
+            nothing = torch.empty(0, dtype=torch.int64)
+            _, squares, means = self._both(rows, nothing, mean=mean)
+        elif (tile := self._restricted(rows, columns)) is not None:
+            squares, means = tile.column_sums(rows, columns, mean=mean)
+        else:
+            squares, means = self._some(rows, columns, mean=mean)
+        count = self._finite(rows)
+        average = None if means is None else means.div_(count).cpu()
+        return Moments(squares.div_(count).cpu(), average)
+
+    def fitting(self, rows: int) -> int:
+        """How many columns of so many rows can be held as a tile, and a few where none can."""
+        return max(self.cache_bytes, LEAST_TILE) // (4 * max(1, rows))
+
+    def resampled(
+        self, rows: Tensor, columns: Tensor, counts: Tensor, *, mean: bool = True
+    ) -> Iterator[Moments]:
+        """The moments of samples drawn again, each row as often as it was drawn.
+
+        Args:
+            rows: S as positions, int64 [|S|].
+            columns: sorted coordinates, at most `fitting(|S|)` of them.
+            counts: how often each row counts in each draw: [B, |S|].
+            mean: whether m_j is wanted.
+        """
+        tile = self._restricted(rows, columns) or self._filled(rows, columns)
+        squares, means = tile.resampled(rows, columns, counts, mean=mean)
+        finite = torch.tensor([row not in self.excluded for row in rows.tolist()])
+        for b, drawn in enumerate(counts[:, finite].sum(1).clamp(min=1).tolist()):
+            yield Moments(squares[b] / drawn, None if means is None else means[b] / drawn)
+
+    def _both(
+        self, rows: Tensor, within: Tensor | None, *, mean: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums over a mask's columns for each sample, and over the rows for all columns."""
+        squares = torch.zeros(self.space.numel, device=self.device)
+        means = torch.zeros_like(squares) if mean else None
+        flat, signed = self._by_name(squares), {} if means is None else self._by_name(means)
+        masks = self._columns(within)
+        scores = torch.zeros(len(self.samples), dtype=torch.float64)
+
+        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
+            parts = []
+            for name, gradients in tensors.items():
+                mask = None if masks is None else masks.get(name, self._nothing(name))
+                parts.append(gradients.add_squares(flat[name], mask, means=signed.get(name)))
+            scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
+
+        sums = {"columns": squares, "rows": scores}
+        if means is None:
+            self._pass("marginals", rows, within, sums, add)
+        else:
+            self._pass("marginals and means", rows, within, {**sums, "means": means}, add)
+        if self._silent is None:
+            self._silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
+        return scores, squares, means
+
+    def _some(self, rows: Tensor, columns: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | None]:
+        """Sums over the rows for some columns: whole tensors where these hold many of them."""
         masks = self._columns(columns) or {}
         whole = {n for n, m in masks.items() if m.count >= SAMPLED * m.numel}
-        sums = {
+        squares = {
             n: torch.zeros(m.numel if n in whole else m.count, device=self.device)
             for n, m in masks.items()
         }
+        means = {n: torch.zeros_like(t) for n, t in squares.items()} if mean else {}
 
         def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
-            for name in masks:
+            for name, mask in masks.items():
+                gradients, signed = tensors[name], means.get(name)
                 if name in whole:
-                    tensors[name].add_squares(sums[name], self._nothing(name))
+                    gradients.add_squares(squares[name], self._nothing(name), means=signed)
                     continue
-                for _, part in tensors[name].parts(masks[name].count):
-                    sums[name] += part.entries(masks[name]).square().sum(0)
+                for _, part in gradients.parts(mask.count):
+                    found = part.entries(mask)
+                    squares[name] += found.square().sum(0)
+                    if signed is not None:
+                        signed += found.sum(0)
 
-        self._pass("column scores", rows, columns, sums, add)
-        found = [m.take(sums[n]) if n in whole else sums[n] for n, m in masks.items()]
-        return torch.cat(found).div_(self._finite(rows)).cpu()
+        def joined(sums: dict[str, Tensor]) -> Tensor:
+            return torch.cat([m.take(sums[n]) if n in whole else sums[n] for n, m in masks.items()])
+
+        name = "column moments" if mean else "column scores"
+        sums = squares | {f"mean of {n}": t for n, t in means.items()}
+        self._pass(name, rows, columns, sums, add)
+        return joined(squares), joined(means) if mean else None
 
     def _columns(self, coords: Tensor | None) -> dict[str, Columns] | None:
         """A set of coordinates as a choice of entries for each tensor that it touches."""
@@ -258,6 +369,10 @@ class FisherMatrix:
             name: Columns(index.to(self.device), self._numel(name))
             for name, index in self.space.localize(coords).items()
         }
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Each tensor's part of a vector over all parameters, a view."""
+        return {name: flat[self.space.span(name)] for name in self.space.names}
 
     def _numel(self, name: str) -> int:
         span = self.space.span(name)
@@ -269,7 +384,7 @@ class FisherMatrix:
         return Columns(empty, self._numel(name))
 
     def _restricted(self, rows: Tensor, columns: Tensor) -> _Tile | None:
-        """A tile that holds F[rows, columns] where it fits into memory, else None."""
+        """A tile that holds these rows and columns where it fits into memory, else None."""
         if self._tile is not None and self._tile.covers(rows, columns):
             if self._tile.values is None:
                 self._tile = self._filled(self._tile.rows, self._tile.columns)
@@ -291,10 +406,10 @@ class FisherMatrix:
         def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
             for name, mask in masks.items():
                 for part, gradients in tensors[name].parts(mask.count):
-                    found = gradients.entries(mask).square()
+                    found = gradients.entries(mask)
                     values[place[chosen[part]], spans[name]] = found.cpu()
 
-        self._pass("tile", rows, columns, {"values": values}, add)
+        self._pass("gradients", rows, columns, {"values": values}, add)
         return _Tile(rows, columns, values)
 
     def _pass(

@@ -1,0 +1,69 @@
+"""IRD's rows beside as many random ones, at every number of rows and every density.
+
+The fine-tunes that count are as short as proxies: there are many scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.glue.bench import Bench, descended, read
+from benchmarks.glue.cells import Cell, Keep
+from benchmarks.glue.judging import Entrant, judge
+from benchmarks.glue.methods import PLAIN, SNR, fixed
+from ird_search.candidate import Candidate
+from ird_search.reading import Reading
+
+SNR_ROWS = 8
+"""The fewest rows whose signs say something."""
+
+
+def compare(bench: Bench, keep: Keep, densities: Sequence[float]) -> None:
+    """All scales, by the plain reading of the rows and by signal-to-noise."""
+    for density in densities:
+        for n in sizes(len(bench.pool)):
+            for reading in (PLAIN, SNR) if n >= SNR_ROWS else (PLAIN,):
+                _compare(bench, keep, density, n, reading)
+
+
+def sizes(total: int) -> list[int]:
+    """1, 2, 4, … rows, and at last all."""
+    return sorted({*(2**i for i in range(total.bit_length()) if 2**i <= total), total})
+
+
+def _compare(bench: Bench, keep: Keep, density: float, n: int, reading: Reading) -> None:
+    k, steps = bench.count(density), bench.proxies.steps
+    theirs = judge(bench, random_rows(bench, k, n, reading), steps=steps)
+    ours = judge(bench, ird_rows(bench, k, n, reading), steps=steps)
+    for name, line, rivals in (("fish", theirs, {}), ("ird", ours, {"fish": theirs})):
+        keep(
+            Cell.of(
+                bench,
+                line,
+                experiment="scales",
+                method=name,
+                density=density,
+                steps=steps,
+                setting={"reading": str(reading), "rows": n},
+                rivals=rivals,
+            )
+        )
+
+
+def ird_rows(bench: Bench, k: int, n: int, reading: Reading) -> Entrant:
+    """A reading of the n rows that iterative range decreasing comes to."""
+    rows = descended(bench.standard, len(bench.pool), n, k)
+    return fixed(Candidate("ird", read(bench.standard, rows, k, reading), n))
+
+
+def random_rows(bench: Bench, k: int, n: int, reading: Reading) -> Entrant:
+    """A reading of n random training rows, others for each seed."""
+
+    def draw(s: int) -> Candidate:
+        samples = bench.random_rows(n, s)
+        mask = read(bench.narrowings(samples), torch.arange(n), k, reading)
+        return Candidate("fish", mask, n)
+
+    return Entrant(draw)

@@ -1,0 +1,242 @@
+"""Tables in Markdown, made from the cells alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, get_args
+
+from scipy import stats
+
+from benchmarks.glue.methods import METHODS, READINGS
+from benchmarks.glue.shifted import ROW_RULES
+from benchmarks.glue.tasks import TASKS
+from ird_search.config import Criterion
+from ird_search.errors import UsageError
+from ird_search.reading import CEILINGS, SKIPS, Reading
+
+Row = Mapping[str, Any]
+"""A cell as it is in the file."""
+
+END = "<!-- end -->"
+
+
+def made(folder: Path) -> dict[str, str]:
+    """Every table that the cells in a folder allow, by its name."""
+    found: dict[str, str] = {}
+    for task in TASKS:
+        path = folder / f"{task}.json"
+        if path.exists():
+            cells = list(json.loads(path.read_text(encoding="utf-8"))["cells"].values())
+            pool = json.loads(path.read_text(encoding="utf-8"))["setup"]["pool"]
+            found |= {f"{name} {task}": text for name, text in _tables(cells, pool)}
+    return found
+
+
+def fill(page: Path, tables: Mapping[str, str]) -> None:
+    """Write the tables into a page."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """A page with what stands between its markers replaced.
+
+    Raises:
+        UsageError: a marker names no table.
+
+    Example:
+        >>> filled("<!-- table: a -->old<!-- end --> text", {"a": "| new |"})
+        '<!-- table: a -->\\n\\n| new |\\n\\n<!-- end --> text'
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in tables:
+            raise UsageError(f"No cells for the table {name!r}. There are {', '.join(tables)}.")
+        return f"<!-- table: {name} -->\n\n{tables[name]}\n\n{END}"
+
+    return re.sub(rf"<!-- table: (.+?) -->.*?{END}", replaced, text, flags=re.DOTALL)
+
+
+def _tables(cells: Sequence[Row], pool: int) -> Iterable[tuple[str, str]]:
+    makers: dict[str, Callable[[list[Row]], str]] = {
+        "methods": compared,
+        "scales": lambda rows: scales(rows, pool),
+        "shifted": shifted,
+        "efficiency": efficiency,
+    }
+    for name, make in makers.items():
+        if rows := [c for c in cells if c["experiment"] == name]:
+            yield name, make(rows)
+    rows = [c for c in cells if c["experiment"] == "methods"]
+    for density in _densities(rows):
+        here = [c for c in rows if c["density"] == density]
+        if sum(c["method"] in READINGS for c in here) > 10:
+            yield f"criteria {density:g}", criterion_table(here)
+    if rows:
+        yield "correlation", correlation(rows)
+
+
+def compared(rows: Sequence[Row]) -> str:
+    """Methods × densities: mean loss, and the gain over a random mask."""
+    densities = _densities(rows)
+    known = list(METHODS)
+    names = sorted({c["method"] for c in rows}, key=known.index)
+    plain = [n for n in names if n not in READINGS or n.count(",") < 2]
+    body = []
+    for name in plain:
+        own = {c["density"]: c for c in rows if c["method"] == name}
+        if None in own:
+            parameters = f"{own[None]['parameters']:,}" if own[None]["parameters"] else "all"
+            size = "none" if name == "head" else parameters
+            told = [f"{_loss(own[None])} ({size} beside the head)"]
+            body.append([name, *told, *[""] * (len(densities) - 1)])
+        else:
+            body.append([name, *(_judged(own.get(d), "random") for d in densities)])
+    return _markdown(["", *(f"{d:.2%}" for d in densities)], body)
+
+
+def criterion_table(rows: Sequence[Row]) -> str:
+    """Criterion and ceiling × ranks passed over: mean loss."""
+    by = {c["method"]: c for c in rows}
+    body = []
+    criteria: tuple[Criterion, ...] = get_args(Criterion)
+    for criterion in criteria:
+        for ceiling in CEILINGS:
+            cells = [by.get(str(Reading(criterion, ceiling, skip))) for skip in SKIPS]
+            bound = "none" if ceiling is None else f"{ceiling:g}"
+            body.append([criterion, bound, *(_judged(c, "random") for c in cells)])
+    return _markdown(["criterion", "ceiling", *(f"skip {s:g}" for s in SKIPS)], body)
+
+
+def scales(rows: Sequence[Row], pool: int) -> str:
+    """Rows × densities: IRD's gain over FISH; and at how many scales its loss is lower."""
+    parts = []
+    for reading in dict.fromkeys(c["setting"]["reading"] for c in rows):
+        ours = [c for c in rows if c["method"] == "ird" and c["setting"]["reading"] == reading]
+        at = {(c["setting"]["rows"], c["density"]): c for c in ours}
+        sizes, densities = sorted({n for n, _ in at}), _densities(ours)
+        body = [[str(n), *(_gain(at.get((n, d)), "fish") for d in densities)] for n in sizes]
+        chosen = [c["over"]["fish"] for (n, _), c in at.items() if n < pool and c["over"]]
+        told = [
+            f"Read by `{reading}`:",
+            _markdown(["rows", *(f"{d:.2%}" for d in densities)], body),
+        ]
+        if chosen:
+            told.append(_won(chosen))
+        parts.append("\n\n".join(told))
+    return "\n\n".join(parts)
+
+
+def _won(gains: Sequence[Sequence[float | None]]) -> str:
+    """In how many scales, with Wilson's interval; and in how many by more than chance."""
+    lower = sum(g > 0 for g, _ in gains if g is not None)
+    low, high = stats.binomtest(lower, len(gains)).proportion_ci(method="wilson")
+    told = [(g, w) for g, w in gains if g is not None and w is not None]
+    better, worse = sum(g > w for g, w in told), sum(-g > w for g, w in told)
+    return (
+        f"IRD's mean loss is lower at {lower} of {len(gains)} scales with fewer rows than the pool "
+        f"({lower / len(gains):.0%}, 95% interval {low:.0%} to {high:.0%}); by more than chance it "
+        f"is better at {better} and worse at {worse}."
+    )
+
+
+def shifted(rows: Sequence[Row]) -> str:
+    """Pools and row rules × readings, with what the row scores say of odd rows."""
+    readings = list(dict.fromkeys(c["setting"]["reading"] for c in rows))
+    several, body = len(_densities(rows)) > 1, []
+    methods = ["fish", *ROW_RULES]
+    for key in sorted({_key(c) for c in rows}, key=lambda k: (*k[:2], methods.index(k[2]))):
+        own = {c["setting"]["reading"]: c for c in rows if _key(c) == key}
+        figures = next(iter(own.values()))["figures"]
+        pool = f"{key[1]} at {key[0]:.2%}" if several else key[1]
+        known = [f"{figures['odd']:.0%}" if "odd" in figures else ""]
+        known += [f"{figures['auc']:.2f}" if "auc" in figures else ""]
+        body.append([pool, key[2], *known, *(_judged(own.get(r), "fish") for r in readings)])
+    titles = (f"loss by `{r}` (gain over fish)" for r in readings)
+    return _markdown(["pool", "rows", "odd rows chosen", "AUC of r", *titles], body)
+
+
+def _key(c: Row) -> tuple[float, str, str]:
+    return c["density"], c["setting"]["pool"], c["method"]
+
+
+def efficiency(rows: Sequence[Row]) -> str:
+    """Strategies: what they cost, what they found, and when the walk had come as far."""
+    body = []
+    for density in _densities(rows):
+        here = [c for c in rows if c["density"] == density]
+        walk = next((c for c in here if c["method"] == "walk"), None)
+        for c in here:
+            f = c["figures"]
+            spent = [f"{f['search'][x]:,}" for x in ("candidates", "fine_tunes", "steps")]
+            found = [f"{f['best']:.4f}", _loss(c), f["reading"], _reached(walk, c)]
+            body.append([f"{density:.2%}", c["method"], *spent, *found])
+    titles = ["density", "strategy", "candidates", "fine-tunes", "steps", "best proxy", "loss"]
+    return _markdown([*titles, "reading", "walk is as good after"], body)
+
+
+def _reached(walk: Row | None, c: Row) -> str:
+    """How much of another strategy's candidates and steps the walk took to its best."""
+    if walk is None or c["method"] not in walk["figures"]["reached"]:
+        return ""
+    at, whole = walk["figures"]["reached"][c["method"]], c["figures"]["search"]
+    if at is None:
+        return "never"
+    shares = [f"{at[x] / whole[x]:.0%} of its {x}" for x in ("candidates", "steps")]
+    return f"{at['candidates']} candidates ({', '.join(shares)})"
+
+
+def correlation(rows: Sequence[Row]) -> str:
+    """Spearman's rank correlation of what was known earlier with the final loss."""
+    body = []
+    for density in _densities(rows):
+        here = [c for c in rows if c["density"] == density and c["losses"]]
+        told = []
+        for known in ("probe", "choose", "tuned"):
+            pairs = [(c[known], mean(c["losses"])) for c in here if c[known] is not None]
+            enough = len(pairs) > 4
+            rho = stats.spearmanr(*zip(*pairs, strict=True)).statistic if enough else None
+            told.append("" if rho is None else f"{rho:.2f}")
+        body.append([f"{density:.2%}", str(len(here)), *told])
+    titles = ["short probe", "proxy", "full length, same rows"]
+    return _markdown(["density", "methods", *titles], body)
+
+
+def _densities(rows: Iterable[Row]) -> list[float]:
+    return sorted({c["density"] for c in rows if c["density"] is not None})
+
+
+def _judged(c: Row | None, other: str) -> str:
+    """Loss and gain; bold where the gain is more than chance."""
+    if c is None:
+        return ""
+    if c["failure"]:
+        return "failed"
+    gain = _gain(c, other)
+    if not gain:
+        return _loss(c)
+    return f"{_loss(c)} ({gain})"
+
+
+def _gain(c: Row | None, other: str) -> str:
+    if c is None or other not in c["over"]:
+        return ""
+    gain, width = c["over"][other]
+    if width is None:
+        return f"{gain:+.3f}"
+    text = f"{gain:+.3f} ± {width:.3f}"
+    return f"**{text}**" if abs(gain) > width else text
+
+
+def _loss(c: Row) -> str:
+    spread = f" ± {stdev(c['losses']):.3f}" if len(c["losses"]) > 1 else ""
+    return f"{mean(c['losses']):.3f}{spread}" if c["losses"] else "failed"
+
+
+def _markdown(titles: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
