@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
     "eval_samples": 256,
     "pool": 64,
 }
-FISHER = ("column_moments", "column_scores", "row_scores", "marginals")
+FISHER = ("column_moments", "column_scores", "resampled", "row_scores", "marginals")
 
 
 class Time(NamedTuple):

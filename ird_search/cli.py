@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -25,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ird_search.config import DataConfig, SearchConfig, split_settings
+from ird_search.config import DataConfig, SearchConfig, plain_type, split_settings
 from ird_search.errors import IRDError, ResourceError, UsageError, out_of_memory
 
 app = typer.Typer(
@@ -141,9 +140,7 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
 
 def _parameter(config: type, f: Any) -> inspect.Parameter:
     """One option: `None` when not given, its default told in the help."""
-    hint = typing.get_type_hints(config)[f.name]
-    if isinstance(hint, types.UnionType):
-        hint = typing.get_args(hint)[0]
+    hint, _ = plain_type(typing.get_type_hints(config)[f.name])
     many = typing.get_origin(hint) is tuple
     flag = f"--{f.name.replace('_', '-').removesuffix('-columns')}"
     flag += "-column" if f.name == "text_columns" else ""

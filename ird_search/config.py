@@ -75,9 +75,10 @@ class SearchConfig:
         "loss that a smaller mask may cost; by default what a paired test cannot tell from none",
         low=0,
     )
-    criterion: Criterion = setting(
-        "fisher",
-        "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients",
+    criterion: Criterion | None = setting(
+        None,
+        "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients; by "
+        "default snr, and fisher for the ladder",
     )
     ceiling: float | None = setting(
         None, "most that one tensor may be selected, as a multiple of the mask's density", low=1
@@ -227,9 +228,17 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], DataCon
 
 def choices(hint: Any) -> tuple[str, ...]:
     """The legal words of a `Literal` setting, or of a list of them; empty for another type."""
+    hint, _ = plain_type(hint)
     if typing.get_origin(hint) is tuple:
         hint = typing.get_args(hint)[0]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def plain_type(hint: Any) -> tuple[Any, bool]:
+    """(a setting's type without None, whether it may be None)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.get_args(hint)[0], True
+    return hint, False
 
 
 def check_settings(config: SearchConfig | DataConfig) -> None:
@@ -258,6 +267,9 @@ def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
     """What is wrong with one setting, in a sentence; empty when it is legal."""
     hint, low, high = hints[f.name], f.metadata["low"], f.metadata["high"]
     words = choices(hint)
+    base, optional = plain_type(hint)
+    if optional and value is None:
+        return ""
     if words and typing.get_origin(hint) is tuple:
         return _list_problem(f.name, value, words)
     if words:
@@ -265,10 +277,6 @@ def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
             close = nearest(str(value), words)
             return f"{f.name} is {value!r}; it must be one of {', '.join(words)}.{close}"
         return ""
-    optional = isinstance(hint, types.UnionType)
-    if optional and value is None:
-        return ""
-    base = typing.get_args(hint)[0] if optional else hint
     if base is bool or base is str:
         return (
             "" if isinstance(value, base) else f"{f.name} is {value!r}; it must be {base.__name__}."

@@ -22,7 +22,8 @@ CONFIDENCE = 0.95
 """Of every interval here."""
 
 SPREAD = 0.35
-"""Standard deviation over samples of the difference in loss between two masks of one size."""
+"""Standard deviation over samples of the difference in loss between two masks of one size, to plan
+with: MiniLM on SST-2 gave 0.16 to 0.32, a vision transformer on five digits 0.6 to 1.0."""
 
 
 @dataclass(frozen=True)

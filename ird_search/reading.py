@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ird_search.config import Criterion, Part
+from ird_search.config import Criterion, Part, SearchConfig
 from ird_search.fisher import Moments
 
 CEILINGS = (None, 4.0, 1.0)
@@ -50,6 +50,15 @@ class Reading:
     criterion: Criterion = "fisher"
     ceiling: float | None = None
     skip: float = 0.0
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> Reading:
+        """The one that a search begins with: the settings', by default `snr`.
+
+        The ladder's is `fisher`: it is the closest reading of the paper.
+        """
+        usual: Criterion = "fisher" if config.strategy == "ladder" else "snr"
+        return cls(config.criterion or usual, config.ceiling, config.skip)
 
     @property
     def needs_mean(self) -> bool:

@@ -264,7 +264,7 @@ class Run:
         generator = torch.Generator().manual_seed(derive(c.seed, "settle"))
         order = torch.randperm(len(self.pool), generator=generator)
         budget = c.budget(self.problem.space.numel)
-        rows, seen = narrowings.settled(order, budget, _base(c), at=c.settle)
+        rows, seen = narrowings.settled(order, budget, Reading.of(c), at=c.settle)
         told = ", ".join(f"{n} {overlap:.0%}" for n, overlap in seen)
         self.show.say(
             f"Rows, and what their mask shares with that of half of them: {told}. "
@@ -323,7 +323,7 @@ class Run:
             self.show.say(report.round_line(done))
 
         return search(
-            make_strategy(c, narrowings, ranges, _base(c)),
+            make_strategy(c, narrowings, ranges, Reading.of(c)),
             self.proxies.scores,
             ranges,
             pick=c.pick,
@@ -421,11 +421,6 @@ def help_out(data: bytes, directory: Path) -> None:
     """
     problem, config = pickle.loads(data)
     Run(problem, config, Ledger(directory), helping=True).help()
-
-
-def _base(config: SearchConfig) -> Reading:
-    """How masks are read off the gradients at first."""
-    return Reading(config.criterion, config.ceiling, config.skip)
 
 
 def _winner(state: SearchState) -> Scored:

@@ -265,6 +265,16 @@ def test_the_table_of_methods() -> None:
     ]
 
 
+def test_the_table_over_problems_has_students_interval() -> None:
+    each = [[told("snr", over={"random": (g, 0.3)})] for g in (0.1, 0.2, 0.3)]
+    for cells, loss in zip(each, (1, 2, 3), strict=True):
+        cells.append(told("random", losses=(float(loss),), over={}))
+    half = 4.302653 * 0.1 / 3**0.5
+    table = tables.problems(each)
+    assert f"| snr | +0.200 ± {half:.3f} (3 of 3) |" in table and "| random |" not in table
+    assert "**+0.200" in tables.problems([e for e in each for _ in range(9)])
+
+
 def test_the_table_of_scales_counts_them() -> None:
     rows = [
         told(

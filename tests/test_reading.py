@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ird_search.config import SearchConfig
 from ird_search.fisher import Moments
 from ird_search.reading import CEILINGS, SKIPS, Reading, all_readings, neighbours
 
@@ -61,6 +62,13 @@ def test_every_combination_comes_once_and_the_base_first() -> None:
     found = list(all_readings(base, ("criterion", "ceiling", "skip")))
     assert found[0] == base and len(found) == len(set(found)) == 3 * len(CEILINGS) * len(SKIPS)
     assert list(all_readings(base, ())) == [base]
+
+
+def test_what_a_search_begins_with() -> None:
+    assert Reading.of(SearchConfig()) == Reading("snr")
+    assert Reading.of(SearchConfig(strategy="ladder")) == Reading("fisher")
+    settings = {"criterion": "mean", "ceiling": 2.0, "skip": 1.0}
+    assert Reading.of(SearchConfig(**settings)) == Reading("mean", 2.0, 1.0)  # type: ignore[arg-type]
 
 
 def test_neighbours_lead_everywhere() -> None:

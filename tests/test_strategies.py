@@ -43,7 +43,7 @@ def made(name: str, at: Any = None, sizes: Ranges = SIZES, **settings: Any) -> A
     if name == "grid":
         settings = {"vary": ("criterion",), **settings}
     config = SearchConfig(**{"strategy": name, "trials": 10, **settings})
-    base = Reading(config.criterion, config.ceiling, config.skip)
+    base = Reading.of(config)
     return make_strategy(config, narrowings, sizes, base)
 
 
@@ -202,7 +202,7 @@ def test_the_walk_looks_around_at_the_target() -> None:
         return 0.3 if coords == nearer.coords.tolist() else 0.5
 
     small = Ranges((16,), (64, 20, 6))
-    state = run("walk", answer, at=at, sizes=small, patience=3)
+    state = run("walk", answer, at=at, sizes=small, patience=3, criterion="fisher")
     assert state.best is not None and state.best.mask == liked
     assert state.best.pair.reading == snr
     assert len(set(masks(state))) == len([s for s in state.scored if s.mask.count == 6]) + len(

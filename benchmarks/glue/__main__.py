@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {**SETTINGS[options.task], "seeds": options.seeds, "device": options.device}
     if options.proxy_steps is not None:
         settings |= {"proxy_steps": options.proxy_steps, "warmup_steps": options.proxy_steps}
-    config = SearchConfig(**settings, pool=options.pool)
+    config = SearchConfig(**settings, pool=options.pool, seed=options.seed)
     at = {"data": options.data, "model": options.model}
     problem = make(options.task, config, **at)
     ledger, final = Ledger(options.ledger), options.final * config.proxy_steps
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=40, help="of tpe and random there")
     add("--vary", nargs="*", default=["criterion", "ceiling", "skip"], help="of readings there")
     add("--seeds", type=int, default=4, help="fine-tunes whose numbers count")
+    add("--seed", type=int, default=0, help="of split, pool and pretraining: another problem")
     add("--pool", type=int, default=128, help="rows that gradients are taken of")
     add("--proxy-steps", type=int, help="also of the head's warm-up; by default the task's")
     add("--final", type=int, default=4, help="length of the fine-tunes that count, in proxies")

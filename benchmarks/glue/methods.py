@@ -96,9 +96,9 @@ def narrowed_rows(rules: Mapping[str, Any], reading: Reading, bench: Bench, k: i
     return fixed(Candidate("ird", read(narrowings, rows, k, reading), len(rows)))
 
 
-def searched(strategy: Strategy, bench: Bench, k: int) -> Entrant:
+def searched(strategy: Strategy, bench: Bench, k: int, **settings: Any) -> Entrant:
     """The winner of a search."""
-    state = run_search(bench, strategy, k)
+    state = run_search(bench, strategy, k, **settings)
     assert state.best is not None
     candidate = Candidate("ird", state.best.mask, state.best.pair.rows.numel())
     cost = Cost.of_scores((s.proxy for s in state.scored), bench.proxies)
@@ -116,7 +116,7 @@ def run_search(bench: Bench, strategy: Strategy, k: int, **settings: Any) -> Sea
         budget=k,
         rounds=c.rounds,
     )
-    base = Reading(c.criterion, c.ceiling, c.skip)
+    base = Reading.of(c)
     strategy_of = make_strategy(c, bench.standard, ranges, base)
     return search(strategy_of, bench.proxies.scores, ranges)
 
@@ -148,7 +148,9 @@ READINGS: Mapping[str, Method] = {
 RIVALS = ("random", "fish")
 """What every method of a density is compared with."""
 SEARCHES: Mapping[str, Method] = {
-    name: partial(searched, name) for name in ("ladder", "walk", "tpe")
+    **{name: partial(searched, name) for name in ("ladder", "walk", "tpe")},
+    "walk from fisher": partial(searched, "walk", criterion="fisher"),
+    "walk from snr": partial(searched, "walk", criterion="snr"),
 }
 RULES: Mapping[str, Method] = {
     "fisher, cold head": unwarmed,

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from scipy import stats
 
+from benchmarks.glue.cells import cells_of
 from benchmarks.glue.methods import METHODS, READINGS
 from benchmarks.glue.shifted import ROW_RULES
 from benchmarks.glue.tasks import TASKS
@@ -22,6 +23,8 @@ Row = Mapping[str, Any]
 """A cell as it is in the file."""
 
 END = "<!-- end -->"
+OTHERS = "seed-*"
+"""Folders with the results of other problems of the same kind."""
 
 
 def made(folder: Path) -> dict[str, str]:
@@ -33,6 +36,9 @@ def made(folder: Path) -> dict[str, str]:
             cells = list(json.loads(path.read_text(encoding="utf-8"))["cells"].values())
             pool = json.loads(path.read_text(encoding="utf-8"))["setup"]["pool"]
             found |= {f"{name} {task}": text for name, text in _tables(cells, pool)}
+            paths = [path, *sorted(folder.glob(f"{OTHERS}/{task}.json"))]
+            if len(paths) > 1:
+                found[f"problems {task}"] = problems([list(cells_of(p).values()) for p in paths])
     return found
 
 
@@ -97,6 +103,31 @@ def compared(rows: Sequence[Row]) -> str:
         else:
             body.append([name, *(_judged(own.get(d), "random") for d in densities)])
     return _markdown(["", *(f"{d:.2%}" for d in densities)], body)
+
+
+def problems(each: Sequence[Sequence[Row]]) -> str:
+    """Methods × densities: the gain over a random mask, over several problems of one kind."""
+    every = [c for cells in each for c in cells if c["experiment"] == "methods"]
+    densities, known = _densities(every), list(METHODS)
+    names = [n for n in known if all(any(c["method"] == n for c in cells) for cells in each)]
+    body = []
+    for name in names:
+        told = []
+        for d in densities:
+            mine = [c for c in every if c["method"] == name and c["density"] == d]
+            gains = [c["over"]["random"][0] for c in mine if "random" in c["over"]]
+            told.append(_over_problems(gains) if len(gains) > 1 else "")
+        if any(told):
+            body.append([name, *told])
+    return _markdown([f"{len(each)} problems", *(f"{d:.2%}" for d in densities)], body)
+
+
+def _over_problems(gains: Sequence[float]) -> str:
+    """Mean and Student's half width; how often it is above zero."""
+    width = float(stats.t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+    text = f"{mean(gains):+.3f} ± {width:.3f}"
+    marked = f"**{text}**" if abs(mean(gains)) > width else text
+    return f"{marked} ({sum(g > 0 for g in gains)} of {len(gains)})"
 
 
 def criterion_table(rows: Sequence[Row]) -> str:
