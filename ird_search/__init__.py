@@ -31,19 +31,29 @@ if TYPE_CHECKING:
     from ird_search.mask import SparseMask
     from ird_search.merge import merge_delta
     from ird_search.optimizer import MaskedAdamW, masked
+    from ird_search.paired import Gain
     from ird_search.parameters import ParameterSpace
+    from ird_search.reading import Reading
+    from ird_search.sample_report import SampleReport, read_report
+    from ird_search.stability import Stability
     from ird_search.training import finetune
+    from ird_search.verdict import Verdict
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Delta": "artifact",
     "FisherScores": "api",
+    "Gain": "paired",
     "MaskedAdamW": "optimizer",
     "ParameterSpace": "parameters",
+    "Reading": "reading",
+    "SampleReport": "sample_report",
     "SearchConfig": "config",
     "SearchResult": "api",
     "SparseMask": "mask",
+    "Stability": "stability",
+    "Verdict": "verdict",
     "apply_mask": "freeze",
     "export_delta": "delta",
     "finetune": "training",
@@ -54,6 +64,7 @@ _HOMES = {
     "load_mask": "artifact",
     "masked": "optimizer",
     "merge_delta": "merge",
+    "read_report": "sample_report",
     "save_delta": "artifact",
     "save_mask": "artifact",
     "search_mask": "api",
@@ -62,11 +73,16 @@ _HOMES = {
 __all__ = [
     "Delta",
     "FisherScores",
+    "Gain",
     "MaskedAdamW",
     "ParameterSpace",
+    "Reading",
+    "SampleReport",
     "SearchConfig",
     "SearchResult",
     "SparseMask",
+    "Stability",
+    "Verdict",
     "apply_mask",
     "export_delta",
     "finetune",
@@ -77,6 +93,7 @@ __all__ = [
     "load_mask",
     "masked",
     "merge_delta",
+    "read_report",
     "save_delta",
     "save_mask",
     "search_mask",

@@ -124,10 +124,12 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
         kept = [p for p in own.parameters.values() if p.name != "settings"]
         names = [f.name for c in configs for f in fields(c)]
         made = [_parameter(c, f) for c in configs for f in fields(c)]
+        emptied = [f.name for c in configs for f in fields(c) if isinstance(f.default, tuple)]
+        emptied = [name for name in emptied if getattr(SearchConfig, name, ())]
 
         def run(**given: Any) -> None:
             settings = {n: v for n in names if (v := given.pop(n)) not in (None, [])}
-            settings = {n: [] if v == ["none"] else v for n, v in settings.items()}
+            settings = {n: [] if v == ["none"] and n in emptied else v for n, v in settings.items()}
             command(**given, settings=settings)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__

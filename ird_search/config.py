@@ -72,7 +72,8 @@ class SearchConfig:
     )
     tolerance: float | None = setting(
         None,
-        "loss that a smaller mask may cost; by default what a paired test cannot tell from none",
+        "loss that a smaller mask may cost, where one is picked; by default what a paired test "
+        "cannot tell from none",
         low=0,
     )
     criterion: Criterion | None = setting(
@@ -88,7 +89,8 @@ class SearchConfig:
     )
     skip: float = setting(0.0, "ranks passed over at the top, as a multiple of the budget", low=0)
     vary: tuple[Part, ...] = setting(
-        ("criterion", "ceiling", "skip"), "which of these the search may change by its proxies"
+        ("criterion", "ceiling", "skip"),
+        "which of these walk, grid, tpe and random may change by their proxies",
     )
     granularity: Granularity = setting("entry", "what is selected whole")
     block: int = setting(16, "side of a block, where blocks are selected", low=1)
@@ -102,11 +104,15 @@ class SearchConfig:
         low=0,
         high=1,
     )
-    bootstraps: int = setting(20, "bootstraps of the rows that say how stable the mask is", low=0)
+    bootstraps: int = setting(
+        20, "bootstraps of the rows that say how stable the mask is", low=0, high=1000
+    )
     pool: int = setting(128, "samples whose Fisher contributions are computed", low=1)
     min_samples: int = setting(8, "rows at which the sample range stops shrinking", low=1)
     rounds: int = setting(4, "geometric steps from everything to the target", low=1, high=64)
-    patience: int = setting(2, "rounds without improvement before the walk stops", low=1)
+    patience: int = setting(
+        2, "rounds without improvement at the target before walk and ladder stop", low=1
+    )
     warmup_steps: int = setting(40, "steps the head alone is trained before scoring", low=0)
     scoring_steps: int | None = setting(
         None,
@@ -117,8 +123,8 @@ class SearchConfig:
     proxy_steps: int = setting(40, "optimizer steps of one proxy fine-tune", low=1)
     probe_steps: int | None = setting(
         None,
-        "optimizer steps of shorter proxies that find rates and drop the worse half of a round; by "
-        "default there are none",
+        "optimizer steps, fewer than proxy_steps, of proxies that find rates and drop the worse "
+        "half of a round; by default there are none",
         low=1,
     )
     verdict_steps: int | None = setting(

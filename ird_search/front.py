@@ -56,7 +56,7 @@ def _as_good(s: Scored, lead: Scored, pick: Pick, tolerance: float | None) -> bo
 def _knee(found: Sequence[Scored]) -> Scored:
     """The point of the front farthest below the line between its ends, both axes scaled to 0 … 1.
 
-    The way of Kneedle (Satopää et al. 2011). With fewer than three points, the best score.
+    The way of Kneedle (Satopää et al. 2011). Where it bends nowhere, the best score.
     """
     if len(found) < 3:
         return found[-1]
@@ -65,4 +65,6 @@ def _knee(found: Sequence[Scored]) -> Scored:
     x = [(v - sizes[0]) / (sizes[-1] - sizes[0]) for v in sizes]
     y = [(v - scores[-1]) / (scores[0] - scores[-1]) for v in scores]
     below = [1 - a - b for a, b in zip(x, y, strict=True)]
+    if max(below) <= 1e-9:  # it bends nowhere
+        return found[-1]
     return found[max(range(len(found)), key=lambda i: (below[i], -i))]

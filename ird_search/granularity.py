@@ -25,7 +25,7 @@ class Units:
 
     Args:
         space: the candidate parameters.
-        granularity: "row": one output of a linear layer; "column": one input; "block": a square.
+        granularity: "row": one output of an `nn.Linear`; "column": one input; "block": a square.
         block: the side of a block; what is left at the edges is smaller.
 
     Example:

@@ -1,9 +1,9 @@
 """The ledger: finished units of work, each under the hash of what went into it.
 
-A unit is one proxy, one narrowing, one chunk of a long Fisher pass, the warmed-up head, or the
-check of the samples. What is in the ledger is not done again: a run that was interrupted goes on
-where it stopped, two candidates with one mask cost one fine-tune, and several processes share the
-work of one run.
+A unit is one proxy, one narrowing, one chunk of a long Fisher pass, the warmed-up head, the check
+of the samples, or what the trained mask says of the pool. What is in the ledger is not done again:
+a run that was interrupted goes on where it stopped, two candidates with one mask cost one
+fine-tune, and several processes share the work of one run.
 
     <kind>-<key>.json                   the result, with its own hash and that of the tensors
     <kind>-<key>-<hash>.safetensors     the tensors of a unit that has some, written before

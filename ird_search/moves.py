@@ -35,7 +35,12 @@ Nomination = tuple[str, Pair, SparseMask]
 def narrowed(
     fisher: FisherMatrix, selector: Selector, pair: Pair, ranges: Ranges, moves: tuple[Move, ...]
 ) -> Iterator[Nomination]:
-    """The pairs one move away; what is no new pair is left out."""
+    """The pairs one move away; what is no new pair is left out.
+
+    A narrowing passes over no ranks but by the move `window`: what is passed over in each round
+    would not come back.
+    """
+    reading = replace(pair.reading, skip=0.0)
     shrunk = min(pair.shrunk + 1, len(ranges.rows) - 1)
     step = min(pair.step + 1, len(ranges.columns) - 1)
     fewer = pair.rows
@@ -49,21 +54,21 @@ def narrowed(
         is_open = pair.open if move == "rows" else pair.columns
         known = (rows.numel(), id(is_open))
         if known not in scored:
-            scored[known] = selector.scores(fisher, rows, is_open, pair.reading)
+            scored[known] = selector.scores(fisher, rows, is_open, reading)
         k = ranges.columns[step]
         skip = k if move == "window" else 0
-        chosen = selector.best(scored[known], is_open, k, pair.reading, skip=skip)
+        chosen = selector.best(scored[known], is_open, k, reading, skip=skip)
         mask = SparseMask(fisher.space, chosen if is_open is None else is_open[chosen])
         if not mask.count and move != "window":
             raise selector.nothing(scored[known], k)
         key = (rows.numel(), step, mask.digest)
-        if key not in seen and (mask.count == k or move != "window"):
+        if key not in seen and (selector.fills(mask.count, k) or move != "window"):
             seen.add(key)
             if move == "window":
-                top = selector.best(scored[known], is_open, k, pair.reading)
+                top = selector.best(scored[known], is_open, k, reading)
                 is_open = _without(is_open, top, scored[known].numel())
             went = shrunk if move in ("both", "rows") else pair.shrunk
-            yield move, Pair(rows, is_open, mask.coords, went, step, pair.reading), mask
+            yield move, Pair(rows, is_open, mask.coords, went, step, reading), mask
 
 
 def read(
@@ -71,14 +76,11 @@ def read(
 ) -> Iterator[Nomination]:
     """The pair of these rows and this reading whose mask is the best k of all candidates.
 
-    None where the ranks that the reading passes over leave fewer than k.
+    None where nothing can be selected, or the ranks that the reading passes over leave too few.
     """
     scores = selector.scores(fisher, pair.rows, None, pair.reading)
-    chosen = selector.best(scores, None, k, pair.reading)
-    if not chosen.numel() and not pair.reading.skip:
-        raise selector.nothing(scores, k)
-    mask = SparseMask(fisher.space, chosen)
-    if mask.count == k or (mask.count and not pair.reading.skip):
+    mask = SparseMask(fisher.space, selector.best(scores, None, k, pair.reading))
+    if mask.count and (selector.fills(mask.count, k) or not pair.reading.skip):
         yield move, replace(pair, open=None, columns=mask.coords), mask
 
 

@@ -103,10 +103,14 @@ class Scored:
         return (*self.proxy.order, self.mask.count)
 
     def tied(self, other: Scored) -> bool:
-        """Whether held-out samples cannot tell the two apart: a paired test at 95%."""
+        """Whether held-out samples cannot tell the two apart: a paired test at 95%.
+
+        Ranked by AUC, which has no value for one sample, only equal scores are tied.
+        """
         ours, theirs = self.proxy.best, other.proxy.best
         if not (ours.ok and theirs.ok) or self.proxy.short != other.proxy.short:
             return False
-        if ours.losses is None or theirs.losses is None:
+        by_loss = ours.score == ours.loss and theirs.score == theirs.loss  # and not by AUC
+        if ours.losses is None or theirs.losses is None or not by_loss:
             return ours.score == theirs.score
         return gain(ours.losses, theirs.losses).tied

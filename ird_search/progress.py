@@ -23,12 +23,11 @@ class Progress:
         if self.show:
             tqdm.write(text + "\n", file=sys.stderr, end="")  # at once, or a signal parts them
 
-    def start(self, what: str, at_most: int | None = None) -> None:
-        """A bar of at most so many fine-tunes, or of a number that is not known."""
+    def start(self, what: str) -> None:
+        """A bar that counts fine-tunes."""
         self.stop()
         if self.show:
             self._bar = tqdm(
-                total=at_most,
                 desc=what,
                 unit="fine-tune",
                 file=sys.stderr,

@@ -293,10 +293,10 @@ class Proxies:
         """What the model says of some samples once a candidate is trained.
 
         Returns:
-            Negative log-likelihoods, float32 [N], NaN where the fine-tune diverged; and the
+            Negative log-likelihoods, float32 [N], NaN where the fine-tune failed; and the
             probabilities of the classes, [N, C], of a classification.
         """
-        attempt = Attempt(candidate, rate, self.steps)
+        attempt = Attempt(candidate, rate, self.verdict_steps)
 
         def answered() -> Unit:
             p = self.problem
@@ -305,13 +305,15 @@ class Proxies:
                 seed = derive(self.config.seed, "batches", attempt.seed)
                 self._train(candidate, rate, seed, attempt.steps)
                 return Unit({}, class_probabilities(p.model, p.task, samples, device=p.device))
-            except Diverged:
+            except Exception as problem:  # whatever a model raises
+                if out_of_memory(problem):
+                    raise
                 return Unit({}, {"losses": torch.full((len(samples),), torch.nan)})
             finally:
                 saved.restore()
 
         key = unit_key({"answers": samples.fingerprint, **self._unit(attempt)})
-        (unit,) = self.ledger.finish([Job("check", key, answered)])
+        (unit,) = self.ledger.finish([Job("answers", key, answered)])
         return unit.tensors["losses"], unit.tensors.get("probabilities")
 
     def _done(self, attempt: Attempt) -> Unit:

@@ -95,7 +95,11 @@ def levels(part: Part, base: Reading) -> tuple[Any, ...]:
         "skip": SKIPS,
     }
     own = getattr(base, part)
-    return known[part] if own in known[part] else (own, *known[part])
+    if own in known[part]:
+        return known[part]
+    if part == "ceiling":
+        return (None, *sorted({own, *known[part][1:]}, reverse=True))
+    return tuple(sorted({own, *known[part]}))
 
 
 def neighbours(reading: Reading, vary: Sequence[Part], base: Reading) -> Iterator[Reading]:

@@ -91,7 +91,9 @@ def round_record(done: Round) -> dict[str, Any]:
     return {
         "round": done.number,
         "moved_to": done.moved_to.move,
-        "nominated": [_scored_record(s) for s in done.nominated],
+        "nominated": [
+            {**_scored_record(s), "moved_to": s is done.moved_to} for s in done.nominated
+        ],
     }
 
 
@@ -227,6 +229,7 @@ def _scored_record(s: Scored) -> dict[str, Any]:
         "samples": s.pair.rows.numel(),
         "parameters": s.mask.count,
         "density": s.mask.density,
+        "reading": s.pair.reading.to_dict(),
         "learning_rate": best.rate,
         "score": _number(s.proxy.score),
         "metrics": dict(best.metrics),

@@ -27,7 +27,7 @@ def choose_rows(
         labels: class ids, int64 [rows]. Where they are given, as many rows of each class: no class
             gets a row more than another that still has one. Where the last rows do not suffice for
             all classes, those whose next row scores higher get one, then those of the lower id.
-        cap: rows that score above so many times the median of the finite scores are passed over.
+        cap: rows that score above so many times the median of the positive scores are passed over.
             Where fewer than n are left, the least of them are taken back.
 
     Raises:
@@ -79,9 +79,10 @@ def _open(scores: Tensor, n: int, cap: float | None) -> Tensor:
 def _limit(scores: Tensor, cap: float | None) -> float:
     """The score above which a row is an outlier."""
     finite = scores[scores.isfinite()]
-    if cap is None or not finite.numel():
+    positive = finite[finite > 0]  # a sample that the model is sure of has no gradient
+    if cap is None or not positive.numel():
         return torch.inf
-    return cap * float(np.median(finite.numpy()))
+    return cap * float(np.median(positive.numpy()))
 
 
 def _dealt(scores: Tensor, labels: Tensor, n: int) -> Tensor:

@@ -102,7 +102,8 @@ class SearchResult:
         """Write the files of a run into its own directory, the mask last."""
         place.write_rounds([report.round_record(r) for r in self.rounds])
         place.write(SAMPLES, self.sample_report.lines())
-        place.write(INCLUSION, save(self.stability.by_parameter(self.mask)))
+        if self.stability.overlaps:
+            place.write(INCLUSION, save(self.stability.by_parameter(self.mask)))
         place.write(REPORT, self.markdown())
         crash_point("report written")
         save_mask(place.mask, self.mask, samples=self.samples, provenance=self.provenance)
@@ -162,7 +163,7 @@ class Run:
 
     def result(self) -> SearchResult:
         """Search, give the verdict, and say where everything came from."""
-        config, problem = self.config, self.problem
+        config = self.config
         try:
             with self._at_work():
                 self._introduce()
@@ -192,7 +193,7 @@ class Run:
             stability=stability,
             sample_report=rows,
             config=config,
-            provenance=self._provenance(winner, verdict, narrowings, problem),
+            provenance=self._provenance(winner, state.ranges, verdict, narrowings),
         )
 
     def help(self) -> None:
@@ -281,7 +282,8 @@ class Run:
         candidate = Candidate("ird", winner.mask, winner.pair.rows.numel())
         losses, probabilities = self.proxies.answers(candidate, rate, self.pool)
         scores = narrowings.row_scores(everything, winner.mask)
-        return sample_report(self.pool, scores, winner.pair.rows, losses, probabilities)
+        chosen = winner.pair.rows[scores[winner.pair.rows].float().isfinite()]
+        return sample_report(self.pool, scores, chosen, losses, probabilities)
 
     def _selector(self) -> Selector:
         c = self.config
@@ -336,14 +338,17 @@ class Run:
         controls = Controls.of(winner, self.proxies, narrowings)
         return give_verdict(winner, controls, self.proxies, seeds=self.config.seeds)
 
-    def _notes(self, winner: Scored, memory: Memory) -> list[str]:
+    def _notes(self, winner: Scored, ranges: Ranges, memory: Memory) -> list[str]:
         """What a reader of the table must know besides."""
-        budget = self.config.budget(self.problem.space.numel)
+        budget = ranges.columns[winner.pair.step]
         notes = []
         if winner.mask.count < budget:
+            whole = "no other has a score above zero"
+            if self.config.granularity != "entry":
+                whole = f"the next whole {self.config.granularity} does not fit"
             notes.append(
                 f"Only {winner.mask.count:,} of the {budget:,} parameters asked for are selected: "
-                "no other has a score above zero."
+                f"{whole}."
             )
         if silent := memory.silent:
             rest = "" if len(silent) < 2 else f" and {len(silent) - 1} more"
@@ -384,15 +389,15 @@ class Run:
         crash_point("trial told")
 
     def _provenance(
-        self, winner: Scored, verdict: Verdict, narrowings: Narrowings, problem: Problem
+        self, winner: Scored, ranges: Ranges, verdict: Verdict, narrowings: Narrowings
     ) -> dict[str, Any]:
         gain = verdict.against("random")
         finite = gain.half_width < float("inf")
         memory = narrowings.memory
         return {
-            **problem.source,
+            **self.problem.source,
             "learning_rate": verdict["ird"].rate,
-            "head": list(problem.head),
+            "head": list(self.problem.head),
             "verdict": report.verdict_record(verdict),
             "against_random": (
                 {"gain": gain.mean, "half_width": gain.half_width} if finite else None
@@ -405,7 +410,7 @@ class Run:
                 "excluded_samples": self.pool.ids[list(memory.excluded)].tolist(),
             },
             "reading": winner.pair.reading.to_dict(),
-            "notes": self._notes(winner, memory),
+            "notes": self._notes(winner, ranges, memory),
             **({"left_out": self.proxies.left_out} if self.proxies.left_out else {}),
             "search": {
                 k: v for k, v in self.config.to_dict().items() if k not in BESIDE_THE_RESULT

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ird_search.candidate import Candidate, ProxyScore, require_success
+from ird_search.candidate import Candidate, ProxyScore
 from ird_search.config import Pick
+from ird_search.errors import ModelError, NoProxySucceeded
 from ird_search.front import best_of
 from ird_search.mask import SparseMask
 from ird_search.moves import Nomination
@@ -98,7 +99,7 @@ def search(
 
     Raises:
         NoProxySucceeded: every proxy within the budget failed.
-        ModelError: no candidate parameter has a gradient.
+        ModelError: no candidate parameter has a gradient, or no mask of the budget can be made.
     """
     state = SearchState(ranges)
     while found := strategy.nominate(state):
@@ -107,15 +108,26 @@ def search(
         state = advance(state, nominated, pick=pick, tolerance=tolerance)
         if on_round is not None:
             on_round(state.rounds[-1])
-    require_success(
-        {
-            f"round {r.number}, {s.move}": s.proxy
-            for r in state.rounds
-            for s in r.nominated
-            if state.fits(s)
-        }
-    )
+    if state.best is None:
+        raise _nothing_won(state)
     return state
+
+
+def _nothing_won(state: SearchState) -> NoProxySucceeded | ModelError:
+    """Every pair within the budget failed, or there was none."""
+    failed = [
+        f"round {r.number}, {s.move}: {s.proxy.best.failure or 'dropped after the short budget'}"
+        for r in state.rounds
+        for s in r.nominated
+        if state.fits(s)
+    ]
+    if failed:
+        return NoProxySucceeded(failed)
+    return ModelError(
+        f"No mask of {state.ranges.budget:,} parameters can be made: too few candidates have a "
+        "score above zero, what is selected whole is larger, or the ranks passed over (skip) leave "
+        "too few. Raise density, or change skip, granularity, include or exclude."
+    )
 
 
 def _candidate(state: SearchState, pair: Pair, mask: SparseMask) -> Candidate:

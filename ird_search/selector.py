@@ -80,6 +80,13 @@ class Selector:
         )
         return found if self.units is None else self.units.whole(found, is_open)
 
+    def fills(self, count: int, k: int) -> bool:
+        """Whether so many entries are as good as a budget of k: all, or most where units are whole.
+
+        What passes over ranks must not win or lose by having fewer parameters.
+        """
+        return count == k if self.units is None else 2 * count > k
+
     def mask(self, fisher: FisherMatrix, rows: Tensor, k: int, reading: Reading) -> SparseMask:
         """The mask of k among all candidates that a reading of S gives."""
         scores = self.scores(fisher, rows, None, reading)
@@ -106,8 +113,8 @@ class Selector:
             )
         if self.units is not None and ranks(scores, 0, k).numel():
             return ModelError(
-                f"A budget of {k:,} holds no whole {self.units.granularity} of any tensor with "
-                "gradients. Raise density, or choose a finer granularity."
+                f"The best {self.units.granularity} has more entries than the budget of {k:,}. "
+                "Raise density, or choose a finer granularity."
             )
         shares = zip(self.budgets.groups, self.budgets.shares(k), strict=True)
         told = ", ".join(f"{share:,} of {label!r}" for (label, _), share in shares)

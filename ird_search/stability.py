@@ -88,9 +88,19 @@ def bootstrapped(
     fit into the matrix's cache.
     """
     rows, k, reading = pair.rows, mask.count, pair.reading
+    by_chance = _counts(mask, 0, k).by_chance
+    if not bootstraps:
+        return Stability((), torch.zeros(k), by_chance)
     scores = selector.scores(fisher, rows, pair.open, reading)
     width = min(scores.numel(), fisher.fitting(rows.numel()), round((WIDER + reading.skip) * k))
-    top = selector.budgets.ranks(scores, pair.open, 0, max(k, width), ceiling=reading.ceiling)
+    top = selector.budgets.ranks(
+        scores,
+        pair.open,
+        0,
+        max(k, width),
+        floor=selector.floor,
+        ceiling=reading.ceiling,
+    )
     is_open = top if pair.open is None else pair.open[top]
     # A window's mask lies behind ranks that its range no longer holds; what it holds must stay in.
     is_open = torch.cat([is_open, mask.coords]).unique()
@@ -108,7 +118,6 @@ def bootstrapped(
         taken[selector.best(again, is_open, k, reading)] = True
         inclusion += taken[chosen]
         overlaps.append(_counts(mask, int(taken[chosen].sum()), int(taken.sum())).jaccard)
-    by_chance = _counts(mask, 0, k).by_chance
     return Stability(tuple(overlaps), inclusion / max(1, bootstraps), by_chance)
 
 

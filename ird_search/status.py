@@ -18,6 +18,7 @@ NAMES: dict[str, str] = {
     "fisher": "chunks of a Fisher pass",
     "head": "warmed-up head",
     "check": "check of the samples",
+    "answers": "pool that the trained mask was asked about",
 }
 State = Literal["finished", "running", "unfinished"]
 
@@ -105,7 +106,7 @@ class Status:
 
 def _moved(done: Mapping[str, Any]) -> str:
     """The pair that a round moved to, in words."""
-    there = next(n for n in done["nominated"] if n["move"] == done["moved_to"])
+    there = next(n for n in done["nominated"] if n["moved_to"])
     score = "failed" if there["score"] is None else f"{there['score']:.4f}"
     size = f"{there['samples']} × {there['parameters']:,}"
     return f"{there['move']} {size}, {score} at rate {there['learning_rate']:g}"

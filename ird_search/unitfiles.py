@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ird_search.sealed import unseal
 
-UnitKind = Literal["proxy", "narrowing", "fisher", "head", "check"]
+UnitKind = Literal["proxy", "narrowing", "fisher", "head", "check", "answers"]
 
 
 def tensors_of(path: Path, sha256: str) -> Path:

@@ -128,9 +128,12 @@ class Verdict:
         The half width is infinite with fewer than two seeds, and the gain is NaN where either
         failed or the control is not there.
         """
-        if kind not in self:
-            return UNKNOWN
-        ours, theirs = self["ird"].by_sample, self[kind].by_sample
+        return self.gain("ird", kind)
+
+    def gain(self, one: Kind, other: Kind) -> Gain:
+        """How much lower the loss of one line is than another's, likewise."""
+        there = {e.kind: e.by_sample for e in self.entries}
+        ours, theirs = there.get(one), there.get(other)
         return UNKNOWN if ours is None or theirs is None else crossed(ours, theirs)
 
     def sentence(self, kind: Kind = "random") -> str:
@@ -160,10 +163,12 @@ class Verdict:
             return ""
         if self.against("shuffle").better:
             return "Which entries are selected matters, and not only how many in each tensor."
-        return (
-            "The allocation among tensors explains the gain: entries drawn by chance, as many in "
-            "each tensor, do as well."
-        )
+        if self.gain("shuffle", "random").better:
+            return (
+                "The allocation among tensors explains the gain: entries drawn by chance, as many "
+                "in each tensor, beat a random mask, too, and cannot be told from this one."
+            )
+        return "Whether the allocation among tensors explains the gain cannot be told."
 
 
 def give_verdict(winner: Scored, controls: Controls, proxies: Proxies, *, seeds: int) -> Verdict:

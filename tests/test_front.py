@@ -108,3 +108,10 @@ def test_pairs_of_unlike_budgets_are_never_tied() -> None:
     assert (
         long.tied(pair(6, 0.4)) and not long.tied(short) and not long.tied(pair(5, 0.4, ok=False))
     )
+
+
+def test_a_front_that_bends_nowhere_has_its_best_score_for_a_knee() -> None:
+    """In log density the line from 1 to 0.1 is straight, or bulges."""
+    for middle in (0.55, 0.9):
+        scored = [pair(10, 1.0), pair(40, middle), pair(160, 0.1)]
+        assert best_of(scored, pick="knee").mask.count == 160

@@ -64,7 +64,7 @@ def test_the_rate_is_the_best_at_full_length_and_the_seeds_are_judged_on_other_r
     assert [t.seed for t in line.trials] == [1, 2]
     assert {t.rate for t in line.trials} == {line.tuned.best.rate}
     assert line.losses.shape == (2, len(bench.problem.verdict))
-    done = [line.short.trials, line.proxy.trials, line.tuned.trials, line.trials]
+    done = [line.proxy.trials, line.tuned.trials, line.trials]
     assert line.cost.fine_tunes == sum(map(len, done))
 
 
@@ -236,7 +236,6 @@ def told(method: str, density: float | None = 0.01, **changes: Any) -> dict[str,
         "density": density,
         "parameters": 10,
         "losses": [0.4, 0.6],
-        "probe": 0.9,
         "choose": 0.8,
         "tuned": 0.7,
         "setting": {},
@@ -292,10 +291,8 @@ def test_the_table_of_scales_counts_them() -> None:
 
 def test_the_table_of_correlations_is_spearmans() -> None:
     names = list(READINGS)[:6]
-    rows = [
-        told(n, losses=[i, i], probe=-i, choose=i, tuned=None) for i, n in enumerate(names, start=1)
-    ]
-    assert tables.correlation(rows).splitlines()[-1] == "| 1.00% | 6 | -1.00 | 1.00 |  |"
+    rows = [told(n, losses=[i, i], choose=-i, tuned=i) for i, n in enumerate(names, start=1)]
+    assert tables.correlation(rows).splitlines()[-1] == "| 1.00% | 6 | -1.00 | 1.00 |"
 
 
 def test_a_page_is_filled_between_its_markers() -> None:

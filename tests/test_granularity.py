@@ -99,7 +99,7 @@ def test_a_budget_below_one_unit_is_told() -> None:
     assert empty.count == 0
     error = selector.nothing(torch.ones(24), 5)
     assert isinstance(error, ModelError)
-    assert "A budget of 5 holds no whole row" in str(error)
+    assert "The best row has more entries than the budget of 5" in str(error)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -7,7 +7,7 @@ import torch
 
 from ird_search.config import SearchConfig
 from ird_search.fisher import Moments
-from ird_search.reading import CEILINGS, SKIPS, Reading, all_readings, neighbours
+from ird_search.reading import CEILINGS, SKIPS, Reading, all_readings, levels, neighbours
 
 
 def test_the_criteria_by_their_formulas() -> None:
@@ -53,8 +53,9 @@ def test_readings_one_step_away() -> None:
 
 def test_a_level_of_ones_own_is_one_of_the_steps() -> None:
     base = Reading(ceiling=2.5)
-    assert {r.ceiling for r in neighbours(base, ("ceiling",), base)} == {None}
-    assert {r.ceiling for r in neighbours(Reading(), ("ceiling",), base)} == {2.5, 4.0}
+    assert {r.ceiling for r in neighbours(base, ("ceiling",), base)} == {4.0, 1.0}
+    assert {r.ceiling for r in neighbours(Reading(), ("ceiling",), base)} == {4.0}
+    assert levels("skip", Reading(skip=2.0)) == (0.0, 1.0, 2.0, 3.0, 10.0)
 
 
 def test_every_combination_comes_once_and_the_base_first() -> None:

@@ -27,7 +27,8 @@ CAP = st.one_of(st.none(), st.sampled_from([1.0, 1.5, 3.0, 50.0]))
 def allowed(scores: list[float], n: int, cap: float | None) -> set[int]:
     """The rows to choose from, told one by one."""
     finite = [s for s in scores if math.isfinite(s)]
-    limit = cap * median(finite) if cap is not None and finite else math.inf
+    positive = [s for s in finite if s > 0]
+    limit = cap * median(positive) if cap is not None and positive else math.inf
     rows = {i for i, s in enumerate(scores) if -math.inf < s <= limit}
     while len(rows) < n:
         others = [i for i in range(len(scores)) if i not in rows]

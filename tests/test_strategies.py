@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ird_search.budgets import Budgets
 from ird_search.config import SearchConfig, Strategy
-from ird_search.errors import NoProxySucceeded
+from ird_search.errors import ModelError, NoProxySucceeded
 from ird_search.pair import Ranges, Scored
 from ird_search.reading import Reading
 from ird_search.search import SearchState, advance, search
@@ -264,3 +264,49 @@ def test_reversed_takes_the_smallest_positive_scores() -> None:
     c: Tensor = at.values.mean(0)
     expected = sorted(sorted((j for j in range(64) if c[j] > 0), key=lambda j: float(c[j]))[:7])
     assert found.coords.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["walk", "ladder", "grid", "tpe", "random"])
+def test_ranks_that_are_passed_over_are_so_at_the_target_and_once(name: str) -> None:
+    at = fisher(9)
+    state = run(name, at=at, criterion="fisher", skip=3.0, vary=())
+    rows = {s.pair.rows.numel(): s for s in state.scored if s.pair.reading.skip and state.fits(s)}
+    assert rows
+    for s in rows.values():
+        scores = at.values[s.pair.rows].mean(0)
+        expected = set(top_k(scores, 24).tolist()) - set(top_k(scores, 18).tolist())
+        assert set(s.mask.coords.tolist()) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_may_be_selected(name: str) -> None:
+    """Density 1: the sizes of the columns are one number."""
+    state = run(name, sizes=Ranges.geometric(16, 64, min_samples=2, budget=64, rounds=3))
+    assert state.best is not None and state.best.mask.count == 64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fewer_scores_than_the_budget_still_win(name: str) -> None:
+    at = fisher(10)
+    at.values[:, 5:] = 0
+    state = run(name, at=at, criterion="fisher")
+    assert state.best is not None and state.best.mask.coords.tolist() == list(range(5))
+
+
+def test_what_cannot_be_made_is_told() -> None:
+    with pytest.raises(ModelError, match="No mask of 6 parameters can be made"):
+        run("grid", skip=30.0, vary=())
+
+
+def test_one_failed_pair_beside_a_good_one_of_the_same_name_does_not_end_it() -> None:
+    """Readings name the moves of a grid, and several of one round have the same."""
+    answers = iter([0.5, *["it diverged"] * 99])
+    sizes = Ranges((16, 8, 4), (64, 6))
+    state = run("grid", lambda coords: next(answers), sizes=sizes, vary=())
+    assert state.best is not None and len(state.scored) == 3
+
+
+def test_the_ladder_goes_down_to_the_smallest_size_whatever_it_brings() -> None:
+    sizes = Ranges.geometric(16, 64, min_samples=2, budget=32, rounds=4, least=2)
+    state = run("ladder", lambda coords: 0.5, sizes=sizes, patience=1)
+    assert state.scored[-1].mask.count == 2

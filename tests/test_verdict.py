@@ -281,3 +281,13 @@ def test_too_few_held_out_samples_are_told_with_the_number_needed() -> None:
 
 def test_equal_losses_are_a_gain_of_nothing() -> None:
     assert judged((0.5, 0.5), (0.5, 0.5)).against("random") == Gain(0.0, 0.0)
+
+
+def test_where_neither_is_told_the_allocation_stays_open() -> None:
+    """The shuffle is neither worse than the mask nor better than a random one, by more than chance."""
+    entries = (
+        entry("ird", 0.50, 0.51, 0.505),
+        entry("random", 0.60, 0.61, 0.605),
+        entry("shuffle", 0.30, 0.95, 0.50),
+    )
+    assert Verdict(entries, "accuracy", 20).allocation.endswith("cannot be told.")

@@ -89,7 +89,7 @@ def test_the_status_of_a_finished_run(place: Path) -> None:
     assert found.state == "finished" and found.process is None and found.command == ""
     assert found.units["proxy"] > 5 and found.units["narrowing"] > 2 and found.units["fisher"] == 0
     assert found.units["head"] == 1 and not found.damaged
-    assert found.units["check"] == 2  # all samples before the run, the pool's by the trained model
+    assert found.units["check"] == found.units["answers"] == 1
     said = call("status", place / "run").stdout
     assert (
         "finished" in said and f"{found.units['proxy']} fine-tunes" in said and "round 1:" in said

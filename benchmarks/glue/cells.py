@@ -27,8 +27,8 @@ class Cell:
     Args:
         density: that was asked for; None where a method has its own.
         setting: what else tells it from others of its experiment.
-        probe, choose, tuned: loss on the rows that choose after a quarter of a proxy's steps,
-            after all of them, and after those of the final fine-tunes; None where that failed.
+        choose, tuned: loss on the rows that choose after a proxy's steps, and after those of the
+            final fine-tunes; None where that failed.
         losses, metric: on the rows of the verdict, one for each seed.
         over: gain over others in mean loss, [mean, half width of its 95% interval].
         figures: what else was found.
@@ -41,7 +41,6 @@ class Cell:
     samples: int | None
     steps: int
     rate: float
-    probe: float | None
     choose: float | None
     tuned: float | None
     losses: tuple[float, ...]
@@ -77,7 +76,6 @@ class Cell:
             samples=line.candidate.samples,
             steps=steps or bench.final_steps,
             rate=line.tuned.best.rate,
-            probe=_told(line.short.score),
             choose=_told(line.proxy.score),
             tuned=_told(line.tuned.score),
             losses=tuple(round(t.loss, 5) for t in line.trials if t.ok),
@@ -128,8 +126,8 @@ class Results:
             "metric": p.task.metric,
             "pool": c.pool,
             "batch": c.batch_size,
-            "probe_steps": bench.proxies.probe_steps,
             "proxy_steps": c.proxy_steps,
+            "seed": c.seed,
         }
 
     def put(self, cell: Cell) -> None:

@@ -66,14 +66,12 @@ class Line:
     """What became of an entrant.
 
     Args:
-        short: its score after a quarter of a proxy's steps, which decides nothing here.
         proxy: its score among the search's proxies.
         tuned: its score after as many steps as count, on the rows that choose.
         trials: the fine-tunes that count, one for each seed, on the rows of the verdict.
     """
 
     candidate: Candidate
-    short: ProxyScore
     proxy: ProxyScore
     tuned: ProxyScore
     trials: tuple[Trial, ...]
@@ -105,10 +103,8 @@ def judge(bench: Bench, entrant: Entrant, *, steps: int | None = None) -> Line:
     """
     proxies, steps = bench.proxies, steps or bench.final_steps
     first = entrant.draw(0)
-    short = tried(proxies, Probe.around(first), proxies.probe_steps)
     (proxy,) = proxies.scores([first], promote=1.0)
-    cost = entrant.cost + Cost.of(short.trials, proxies.probe_steps)
-    cost += Cost.of_scores([proxy], proxies)
+    cost = entrant.cost + Cost.of_scores([proxy], proxies)
     tuned = proxy
     if proxy.best.ok and steps != proxies.steps:
         around = [rate_at(proxy.best.rate, i) for i in (-1, 0, 1)]
@@ -122,7 +118,7 @@ def judge(bench: Bench, entrant: Entrant, *, steps: int | None = None) -> Line:
         ]
         trials = proxies.trials(attempts)
         cost += Cost.of(trials, steps)
-    return Line(first, short, proxy, tuned, tuple(trials), cost, entrant.figures)
+    return Line(first, proxy, tuned, tuple(trials), cost, entrant.figures)
 
 
 def tried(proxies: Proxies, probe: Probe, steps: int) -> ProxyScore:

@@ -170,7 +170,8 @@ def _won(gains: Sequence[Sequence[float | None]]) -> str:
     better, worse = sum(g > w for g, w in told), sum(-g > w for g, w in told)
     return (
         f"IRD's mean loss is lower at {lower} of {len(gains)} scales with fewer rows than the pool "
-        f"({lower / len(gains):.0%}, 95% interval {low:.0%} to {high:.0%}); by more than chance it "
+        f"({lower / len(gains):.0%}, 95% interval {low:.0%} to {high:.0%} as if scales were "
+        "independent, which sharing rows and seeds they are not); by more than chance it "
         f"is better at {better} and worse at {worse}."
     )
 
@@ -207,7 +208,7 @@ def efficiency(rows: Sequence[Row]) -> str:
             found = [f"{f['best']:.4f}", _loss(c), f["reading"], _reached(walk, c)]
             body.append([f"{density:.2%}", c["method"], *spent, *found])
     titles = ["density", "strategy", "candidates", "fine-tunes", "steps", "best proxy", "loss"]
-    return _markdown([*titles, "reading", "walk is as good after"], body)
+    return _markdown([*titles, "reading", "walk not told apart after"], body)
 
 
 def _reached(walk: Row | None, c: Row) -> str:
@@ -227,13 +228,13 @@ def correlation(rows: Sequence[Row]) -> str:
     for density in _densities(rows):
         here = [c for c in rows if c["density"] == density and c["losses"]]
         told = []
-        for known in ("probe", "choose", "tuned"):
+        for known in ("choose", "tuned"):
             pairs = [(c[known], mean(c["losses"])) for c in here if c[known] is not None]
             enough = len(pairs) > 4
             rho = stats.spearmanr(*zip(*pairs, strict=True)).statistic if enough else None
             told.append("" if rho is None else f"{rho:.2f}")
         body.append([f"{density:.2%}", str(len(here)), *told])
-    titles = ["short probe", "proxy", "full length, same rows"]
+    titles = ["proxy", "full length, same rows"]
     return _markdown(["density", "methods", *titles], body)
 
 

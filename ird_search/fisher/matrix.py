@@ -295,12 +295,24 @@ class FisherMatrix:
 
         Args:
             rows: S as positions, int64 [|S|].
-            columns: sorted coordinates, at most `fitting(|S|)` of them.
+            columns: sorted coordinates.
             counts: how often each row counts in each draw: [B, |S|].
             mean: whether m_j is wanted.
         """
-        tile = self._restricted(rows, columns) or self._filled(rows, columns)
-        squares, means = tile.resampled(rows, columns, counts, mean=mean)
+        few = max(1, LEAST_TILE // (8 * max(1, columns.numel())))
+        for some in counts.split(few):
+            yield from self._resampled(rows, columns, some, mean=mean)
+
+    def _resampled(
+        self, rows: Tensor, columns: Tensor, counts: Tensor, *, mean: bool
+    ) -> Iterator[Moments]:
+        """A few draws at a time, and as many columns as fit."""
+        found = []
+        for part in columns.split(max(1, self.fitting(rows.numel()))):
+            tile = self._restricted(rows, part) or self._filled(rows, part)
+            found.append(tile.resampled(rows, part, counts, mean=mean))
+        squares = torch.cat([s for s, _ in found], 1)
+        means = torch.cat([m for _, m in found if m is not None], 1) if mean else None
         finite = torch.tensor([row not in self.excluded for row in rows.tolist()])
         for b, drawn in enumerate(counts[:, finite].sum(1).clamp(min=1).tolist()):
             yield Moments(squares[b] / drawn, None if means is None else means[b] / drawn)

@@ -22,7 +22,10 @@ class Grid:
 
     def nominate(self, state: SearchState) -> Sequence[Nomination]:
         ranges = self.points.ranges
-        for step in range(1 + len(state.rounds), len(ranges.columns)):
+        tried = {s.pair.step for s in state.scored}
+        for step in range(min(1, ranges.target), len(ranges.columns)):
+            if step in tried:
+                continue
             points = [
                 Point(shrunk, step, reading)
                 for shrunk in range(len(ranges.rows))

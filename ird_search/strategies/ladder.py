@@ -1,4 +1,7 @@
-"""`Ladder`: both ranges shrink in each round. The closest reading of the paper."""
+"""`Ladder`: both ranges shrink in each round. The closest reading of the paper.
+
+Where ranks are to be passed over, the last rung's rows are read once more in the end.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,13 @@ class Ladder:
         self.narrowings, self.reading, self.patience = narrowings, reading, patience
 
     def nominate(self, state: SearchState) -> Sequence[Nomination]:
-        if state.stale >= self.patience:
-            return []
+        last = len(state.ranges.columns) - 1
         pair = state.pair or Pair(torch.arange(state.ranges.rows[0]), reading=self.reading)
-        return self.narrowings.narrowed(pair, state.ranges, ("both",))
+        if pair.reading.skip and state.rounds:
+            return []
+        going = state.stale < self.patience or pair.step < last
+        found = self.narrowings.narrowed(pair, state.ranges, ("both",)) if going else []
+        if found or not self.reading.skip or pair.step < last:
+            return found
+        read = Pair(pair.rows, shrunk=pair.shrunk, step=last, reading=self.reading)
+        return self.narrowings.read(read, state.ranges.columns[last], str(self.reading))

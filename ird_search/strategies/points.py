@@ -51,7 +51,7 @@ class Points:
 
     def nominations(self, points: Sequence[Point], state: SearchState) -> list[Nomination]:
         """Their pairs, without masks that were judged before or come twice."""
-        seen = {s.mask.digest for s in state.scored}
+        seen = {s.mask.digest for s in state.scored if state.fits(s)}
         found = []
         for point in points:
             for move, pair, mask in self._read(point):
@@ -62,9 +62,9 @@ class Points:
 
     def _read(self, point: Point) -> list[Nomination]:
         n, k = self.ranges.rows[point.shrunk], self.ranges.columns[point.step]
-        rounds = max(point.shrunk, point.step)
+        rounds = max(1, point.shrunk, point.step)
         columns = decreasing_range(self.ranges.columns[0], k, rounds)
-        rows = decreasing_range(self.ranges.rows[0], n, len(columns) - 1)
+        rows = decreasing_range(self.ranges.rows[0], n, max(1, len(columns) - 1))
         rows = [*rows, *[n] * (len(columns) - len(rows))]
         if n == self.ranges.rows[0]:
             chosen = torch.arange(n)

@@ -57,7 +57,9 @@ class Walk:
         """What is one step from the best pair, and was not tried."""
         seen = {s.mask.digest for s in state.scored}
         found = self.narrowings.narrowed(best, state.ranges.until_target, ("rows",))
-        for reading in neighbours(best.reading, self.vary, self.base):
+        around = neighbours(best.reading, self.vary, self.base)
+        own = [self.base] if self.base.skip else []  # narrowing passes over no ranks
+        for reading in dict.fromkeys([*own, *around]):
             pair = Pair(best.rows, shrunk=best.shrunk, step=best.step, reading=reading)
             found += self.narrowings.read(pair, state.ranges.budget, str(reading))
         for move, pair, mask in found:
