@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 60,
     "eval_samples": HELD_OUT,
     "seeds": 8,
+    "controls": ("random", "fish", "shuffle", "magnitude", "full", "head"),
 }
 
 

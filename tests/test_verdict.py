@@ -284,7 +284,7 @@ def test_equal_losses_are_a_gain_of_nothing() -> None:
 
 
 def test_where_neither_is_told_the_allocation_stays_open() -> None:
-    """The shuffle is neither worse than the mask nor better than a random one, by more than chance."""
+    """The shuffle is told apart neither from the mask nor from a random one."""
     entries = (
         entry("ird", 0.50, 0.51, 0.505),
         entry("random", 0.60, 0.61, 0.605),
