@@ -304,7 +304,6 @@ def test_a_page_is_filled_between_its_markers() -> None:
         tables.filled(page, {"x": "1"})
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="no page of results yet")
 def test_the_page_of_results_is_what_the_cells_say() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert tables.filled(text, tables.made(FOLDER)) == text
