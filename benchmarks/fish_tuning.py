@@ -78,7 +78,9 @@ def problem_of(options: argparse.Namespace, rank: int, config: SearchConfig) -> 
 
 def scores(problem: Problem, config: SearchConfig, point: ScoringPoint | None) -> Tensor:
     """Mean Fisher scores over the pool: [P]."""
-    pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
+    pool = random_subset(
+        len(problem.train), config.rows(len(problem.train)), seed=derive(config.seed, "pool")
+    )
     samples = problem.train.select(pool)
     fisher: FisherMatrix = open_fisher(
         problem.model, problem.task, problem.space, samples, config, problem.device, point=point

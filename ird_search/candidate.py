@@ -24,6 +24,9 @@ Kind = Literal["ird", "fish", "random", "full", "head", "reversed", "magnitude",
 RATE_STEP = 10**0.5
 """Rates are tried a factor of about 3 apart."""
 
+AGAIN = -1
+"""The seed under which a rate is tried once more."""
+
 MORE_RATES = 3
 """At most so many are tried beyond the ends of those that a probe begins with."""
 
@@ -98,7 +101,8 @@ class Attempt:
 
     Args:
         steps: how many optimizer steps.
-        seed: which order of batches; 0 is the one that candidates are compared on.
+        seed: which order of batches; 0 is the one that candidates are compared on, `AGAIN` the one
+            that rates are confirmed on, 1, 2, … those that count.
         verdict: evaluate on the samples that no choice has seen.
     """
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ird_search.errors import UsageError, nearest
 
 Strategy = Literal["walk", "ladder", "grid", "tpe", "random", "fish"]
-Criterion = Literal["fisher", "mean", "snr"]
+Criterion = Literal["fisher", "mean", "snr", "decrease"]
 Granularity = Literal["entry", "row", "column", "block"]
 Part = Literal["criterion", "ceiling", "skip"]
 Pick = Literal["target", "smallest", "knee"]
@@ -25,6 +25,10 @@ Score = Literal["loss", "auc"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 TaskName = Literal["auto", "classification", "regression", "causal-lm", "image-classification"]
 
+
+POOL = 512
+"""Samples that Fisher contributions are computed of, where nothing else is asked for; of fewer, the
+signs of the gradients say less."""
 
 BESIDE_THE_RESULT = ("workers", "record_seconds")
 """Settings that change how a search is done, but not what it finds."""
@@ -78,8 +82,12 @@ class SearchConfig:
     )
     criterion: Criterion | None = setting(
         None,
-        "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients; by "
-        "default snr, and fisher for the ladder",
+        "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients, or "
+        "the decrease of the loss within reach; to begin with by default "
+        "snr, and fisher for the ladder",
+    )
+    reach: float = setting(
+        1.0, "how far a weight may move, where criterion is decrease", low=0, open=True
     )
     ceiling: float | None = setting(
         None, "most that one tensor may be selected, as a multiple of the mask's density", low=1
@@ -107,9 +115,13 @@ class SearchConfig:
     bootstraps: int = setting(
         20, "bootstraps of the rows that say how stable the mask is", low=0, high=1000
     )
-    pool: int = setting(128, "samples whose Fisher contributions are computed", low=1)
+    pool: int | None = setting(
+        None,
+        f"samples whose Fisher contributions are computed; by default {POOL}, or all of fewer",
+        low=1,
+    )
     min_samples: int = setting(8, "rows at which the sample range stops shrinking", low=1)
-    rounds: int = setting(4, "geometric steps from everything to the target", low=1, high=64)
+    rounds: int = setting(3, "geometric steps from everything to the target", low=1, high=64)
     patience: int = setting(
         2, "rounds without improvement at the target before walk and ladder stop", low=1
     )
@@ -185,6 +197,15 @@ class SearchConfig:
         """How many of so many candidate parameters are selected: the nearest whole number."""
         return round(self.density * parameters)
 
+    def rows(self, samples: int) -> int:
+        """How many of so many training samples form the pool.
+
+        Example:
+            >>> SearchConfig().rows(100), SearchConfig().rows(9000)
+            (100, 512)
+        """
+        return min(POOL, samples) if self.pool is None else self.pool
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -251,8 +272,10 @@ def check_settings(config: SearchConfig | DataConfig) -> None:
     """Every setting within its range, or one error that lists all that are not."""
     hints = typing.get_type_hints(type(config))
     problems = [p for f in fields(config) if (p := _problem(f, getattr(config, f.name), hints))]
-    if not problems and isinstance(config, SearchConfig) and config.min_samples > config.pool:
-        problems.append(f"min_samples ({config.min_samples}) is larger than pool ({config.pool}).")
+    if not problems and isinstance(config, SearchConfig):
+        pool = POOL if config.pool is None else config.pool
+        if config.min_samples > pool:
+            problems.append(f"min_samples ({config.min_samples}) is larger than pool ({pool}).")
     if problems:
         raise UsageError(problems)
     for f in fields(config):  # lists from YAML or JSON become tuples: configs are values

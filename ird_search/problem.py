@@ -321,7 +321,7 @@ def _check_settings(
         )
     if config.balanced and not isinstance(task, Classification):
         problems.append(f"balanced needs classes; this is {task.name}. Pass --no-balanced.")
-    if config.pool > len(train):
+    if config.pool is not None and config.pool > len(train):
         problems.append(
             f"pool is {config.pool}, but {len(train)} samples are there to draw it from. "
             f"Pass pool={len(train)} (--pool {len(train)}) or less."

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ird_search.candidate import (
+    AGAIN,
     Attempt,
     Candidate,
     Probe,
@@ -127,7 +128,8 @@ class Proxies:
         longest = max(self.steps, self.verdict_steps)
         orders = [(derive(c.seed, "batches", 0), longest)]
         orders += [
-            (derive(c.seed, "batches", s), self.verdict_steps) for s in range(1, c.seeds + 1)
+            (derive(c.seed, "batches", s), self.verdict_steps)
+            for s in (AGAIN, *range(1, c.seeds + 1))
         ]
         orders.append((derive(c.seed, "warm-up"), c.warmup_steps))
         orders.append(

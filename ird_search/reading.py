@@ -2,14 +2,20 @@
 
     c_j = 1/|S| Σ_i g[i, j]²      m_j = 1/|S| Σ_i g[i, j]
 
-    fisher  c_j                   mean square: how much the samples' likelihoods depend on θⱼ
-    mean    |m_j|                 how much the likelihood of all gains from one step along θⱼ
-    snr     |m_j| / √c_j          how far the samples agree on the direction, in 0 … 1
+    fisher    c_j                 mean square: how much the samples' likelihoods depend on θⱼ
+    mean      |m_j|               how much the likelihood of all gains from one step along θⱼ
+    snr       |m_j| / √c_j        how far the samples agree on the direction, in 0 … 1
+    decrease  max |m_j|δ − ½c_jδ², 0 ≤ δ ≤ reach
+                                  how far a move of θⱼ alone lowers the loss, with c as curvature
 
 With σ² = c − m² the signal-to-noise ratio |m|/σ ranks entries as `snr` does, which is bounded. The
-largest Fisher scores pile up in a few tensors, and other entries can be the better ones to train;
-so a reading also has a ceiling for each tensor, and ranks that it passes over. Which reading is
-best is for proxies to say.
+best move of `decrease` is δ = |m|/c, and then it is ½snr²; where that is out of reach it goes to
+the border. So it ranks as `mean` does for a small reach, and as `snr` for a large one: what it
+leaves out are entries on which samples agree, but which would have to move far to matter.
+
+The largest Fisher scores pile up in a few tensors, and other entries can be the better ones to
+train; so a reading also has a ceiling for each tensor, and ranks that it passes over. Which reading
+is best is for proxies to say.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ class Reading:
         criterion: what ranks the parameters.
         ceiling: the most that a tensor may be selected, as a multiple of the mask's density.
         skip: ranks passed over at the top, as a multiple of the budget.
+        reach: how far a weight may move, in its own unit: of `decrease`.
 
     Example:
         >>> str(Reading()), str(Reading("snr", ceiling=1.0, skip=3.0))
@@ -50,15 +57,16 @@ class Reading:
     criterion: Criterion = "fisher"
     ceiling: float | None = None
     skip: float = 0.0
+    reach: float = 1.0
 
     @classmethod
     def of(cls, config: SearchConfig) -> Reading:
-        """The one that a search begins with: the settings', by default `snr`.
+        """The one that a search begins with: the settings', by default `snr`, which needs no scale.
 
         The ladder's is `fisher`: it is the closest reading of the paper.
         """
         usual: Criterion = "fisher" if config.strategy == "ladder" else "snr"
-        return cls(config.criterion or usual, config.ceiling, config.skip)
+        return cls(config.criterion or usual, config.ceiling, config.skip, config.reach)
 
     @property
     def needs_mean(self) -> bool:
@@ -73,6 +81,9 @@ class Reading:
         size = moments.mean.abs()
         if self.criterion == "mean":
             return size
+        if self.criterion == "decrease":
+            move = (size / moments.square).nan_to_num_(nan=0.0).clamp_(max=self.reach)
+            return move * (size - move * moments.square / 2)
         ratio = (size / moments.square.sqrt()).nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=1.0)
         noise = moments.square <= NOISE * moments.square.max()
         return ratio.masked_fill_(noise, 0.0)
@@ -84,7 +95,9 @@ class Reading:
     def __str__(self) -> str:
         ceiling = "" if self.ceiling is None else f", ceiling {self.ceiling:g}"
         skip = f", skip {self.skip:g}" if self.skip else ""
-        return f"{self.criterion}{ceiling}{skip}"
+        near = self.criterion == "decrease" and self.reach != 1
+        reach = f", reach {self.reach:g}" if near else ""
+        return f"{self.criterion}{reach}{ceiling}{skip}"
 
 
 def levels(part: Part, base: Reading) -> tuple[Any, ...]:

@@ -158,7 +158,9 @@ class Run:
         self._fine_tunes, self._raised = 0, list[str]()
         self.study = None if helping else Study(place.study if place else None)
         self.proxies = Proxies(problem, config, ledger, on_trial=self._told)
-        pool = random_subset(len(problem.train), config.pool, seed=derive(config.seed, "pool"))
+        pool = random_subset(
+            len(problem.train), config.rows(len(problem.train)), seed=derive(config.seed, "pool")
+        )
         self.pool = problem.train.select(pool)
 
     def result(self) -> SearchResult:
@@ -229,7 +231,7 @@ class Run:
             self.show.say(f"Going on: {done} units are finished already.")
         self.show.say(
             f"{p.source['dataset']['origin']}: {len(p.train):,} samples to learn from "
-            f"(pool {c.pool}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
+            f"(pool {len(self.pool)}), {len(p.choose)} to choose, {len(p.verdict)} for the verdict"
         )
         if note := too_few(len(p.verdict)):
             self.show.say(note)

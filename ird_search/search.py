@@ -42,7 +42,7 @@ class SearchState:
     Args:
         ranges: the sizes that rows and columns fall through.
         best: the best pair within the budget so far.
-        stale: rounds since the best became better by more than chance, once there is one.
+        stale: rounds within the budget since the best became better by more than chance.
     """
 
     ranges: Ranges
@@ -149,8 +149,9 @@ def advance(
     done = Round(len(state.rounds) + 1, nominated, min(nominated, key=lambda s: s.order))
     state, before = replace(state, rounds=(*state.rounds, done)), state.best
     fitting = [s for s in state.scored if state.fits(s) and s.proxy.best.ok and not s.proxy.short]
+    stale = state.stale + any(state.fits(s) for s in nominated)
     if not fitting:
-        return state
+        return replace(state, stale=stale)
     best = best_of(fitting, pick=pick, tolerance=tolerance)
     improved = before is None or (best.proxy.score < before.proxy.score and not best.tied(before))
-    return replace(state, best=best, stale=0 if improved else state.stale + 1)
+    return replace(state, best=best, stale=0 if improved else stale)

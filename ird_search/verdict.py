@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ird_search.candidate import Attempt, Candidate, Kind, ProxyScore, Trial
+from ird_search.candidate import Candidate, Kind
+from ird_search.contest import Outcome, contest
 from ird_search.controls import Controls, Draw
 from ird_search.pair import Scored
 from ird_search.paired import UNKNOWN, Gain, crossed, difference_told, samples_needed
@@ -172,27 +173,11 @@ class Verdict:
 
 
 def give_verdict(winner: Scored, controls: Controls, proxies: Proxies, *, seeds: int) -> Verdict:
-    """Score the winner and its controls alike: the same probe of rates, then fresh seeds.
-
-    Rates are found at the length that the verdict's fine-tunes have: longer ones bear larger rates.
-    """
+    """Put the winner and its controls through the same contest."""
     ours = Candidate("ird", winner.mask, winner.pair.rows.numel(), winner.proxy.best.rate)
     draws: dict[Kind, Draw] = {"ird": lambda s: ours, **controls.draws}
-    firsts = {kind: draw(0) for kind, draw in draws.items()}
-    steps = proxies.verdict_steps
-    scores = proxies.scores(list(firsts.values()), promote=1.0, steps=steps)
-    probes = dict(zip(draws, scores, strict=True))
-    attempts = [
-        (kind, Attempt(draws[kind](s), probes[kind].best.rate, steps, s, True))
-        for kind in draws
-        if probes[kind].best.ok
-        for s in range(1, seeds + 1)
-    ]
-    found = proxies.trials([attempt for _, attempt in attempts])
-    trials: dict[Kind, list[Trial]] = {kind: [] for kind in draws}
-    for (kind, _), trial in zip(attempts, found, strict=True):
-        trials[kind].append(trial)
-    entries = [_entry(k, firsts[k], probes[k], trials[k], proxies.problem) for k in draws]
+    found = contest(draws, proxies, steps=proxies.verdict_steps, seeds=seeds)
+    entries = [_entry(kind, outcome, proxies.problem) for kind, outcome in found.items()]
     task, judged = proxies.problem.task, len(proxies.sets["verdict"])
     return Verdict(tuple(entries), task.metric, judged, controls.left_out)
 
@@ -210,10 +195,8 @@ def too_few(samples: int) -> str:
     )
 
 
-def _entry(
-    kind: Kind, candidate: Candidate, probe: ProxyScore, trials: list[Trial], problem: Problem
-) -> Entry:
-    bad = next((t for t in (probe.best, *trials) if not t.ok), None)
+def _entry(kind: Kind, outcome: Outcome, problem: Problem) -> Entry:
+    candidate, trials, failure = outcome.first, outcome.trials, outcome.failure
     metric = problem.task.metric
     losses = [t.losses for t in trials if t.losses is not None]
     return Entry(
@@ -221,12 +204,12 @@ def _entry(
         samples=candidate.samples,
         density=candidate.density,
         parameters=_everything(problem) if kind == "full" else candidate.count,
-        rate=probe.best.rate,
-        choose=probe.score,
-        losses=() if bad else tuple(t.loss for t in trials),
-        metric=float("nan") if bad else float(np.mean([t.metrics[metric] for t in trials])),
-        failure=bad.failure if bad else "",
-        by_sample=None if bad else torch.stack(losses),
+        rate=outcome.probe.best.rate,
+        choose=outcome.probe.score,
+        losses=() if failure else tuple(t.loss for t in trials),
+        metric=float("nan") if failure else float(np.mean([t.metrics[metric] for t in trials])),
+        failure=failure,
+        by_sample=None if failure else torch.stack(losses),
     )
 
 

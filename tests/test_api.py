@@ -63,7 +63,9 @@ def well_formed(result: SearchResult, *, pool: int = 16) -> None:
     assert mask.count == result.config.budget(mask.space.numel) > 0
     assert 4 <= len(result.samples.ids) <= pool
     assert np.isfinite(result.score) and result.score == result.verdict["ird"].loss
-    assert len(result.verdict.entries) > 7 and not any(e.failure for e in result.verdict.entries)
+    kinds = {e.kind for e in result.verdict.entries}
+    assert kinds == {"ird", *result.config.controls}
+    assert not any(e.failure for e in result.verdict.entries)
 
 
 def random_states() -> tuple[Any, ...]:

@@ -51,7 +51,7 @@ def refused(config: Any = SearchConfig, **settings: Any) -> str:
             "full, head. Did you mean 'random'?",
         ),
         ({"ceiling": 0.5}, "ceiling is 0.5; it must be at least 1."),
-        ({"min_samples": 200}, "min_samples (200) is larger than pool (128)."),
+        ({"min_samples": 600}, "min_samples (600) is larger than pool (512)."),
     ],
 )
 def test_each_setting_has_a_legal_range(settings: dict[str, Any], text: str) -> None:

@@ -197,7 +197,7 @@ def test_rows_that_choose_are_nobody_elses(from_train: bool) -> None:
 def test_words_stand_for_methods() -> None:
     assert chosen(["snr", "once", "snr"]) == ["snr", "full", "head", "bitfit"]
     assert set(chosen(list(GROUPS))) == set(METHODS)
-    assert len(READINGS) == 36
+    assert len(READINGS) == 48
     with pytest.raises(UsageError, match="Unknown method 'snrr'"):
         chosen(["snrr"])
 
@@ -208,8 +208,10 @@ def test_a_cell_replaces_the_one_of_its_name(tmp_path: Path, bench: Bench) -> No
     for method in ("snr", "mean", "snr"):
         results.put(cell(bench, line, method=method))
     found = cells_of(results.path)
-    assert list(found) == ["methods: mean @ 0.25", "methods: snr @ 0.25"]
-    assert found["methods: snr @ 0.25"] == json.loads(json.dumps(asdict(cell(bench, line))))
+    assert list(found) == ["methods: mean @ 0.25, 6 steps", "methods: snr @ 0.25, 6 steps"]
+    assert found["methods: snr @ 0.25, 6 steps"] == json.loads(
+        json.dumps(asdict(cell(bench, line)))
+    )
 
 
 def test_processes_take_turns(tmp_path: Path, bench: Bench) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ird_search.budgets import Budgets
 from ird_search.config import SearchConfig, Strategy
 from ird_search.errors import ModelError, NoProxySucceeded
-from ird_search.pair import Ranges, Scored
+from ird_search.pair import Pair, Ranges, Scored
 from ird_search.reading import Reading
 from ird_search.search import SearchState, advance, search
 from ird_search.selection import top_k
@@ -163,6 +163,7 @@ def test_samplers_of_another_seed_try_other_pairs() -> None:
 def test_tpe_learns_from_what_was_judged() -> None:
     """A judge that likes 12 masks, those by signal-to-noise: the estimator finds them."""
     at = fisher(5)
+    at.values *= 1e-6  # so small that `decrease` is `mean`, and not `snr`
     points = Points(Direct(at), SIZES, Reading(), VARY)  # type: ignore[arg-type]
     snr = [r for r in points.readings if r.criterion == "snr"]
     wanted = [Point(n, 3, r) for n in range(len(SIZES.rows)) for r in snr]
@@ -171,14 +172,14 @@ def test_tpe_learns_from_what_was_judged() -> None:
 
     def found_by(name: str) -> int:
         state = SearchState(SIZES)
-        for _ in range(4):
+        for _ in range(6):
             found = made(name, at, trials=99).nominate(state)
             scores = [0.1 if mask.digest in liked else 0.9 for _, _, mask in found]
             nominated = (Scored(*f, scored(s)) for f, s in zip(found, scores, strict=True))
             state = advance(state, tuple(nominated))
         return sum(s.mask.digest in liked for s in state.scored[8:])
 
-    assert found_by("tpe") >= 6 > found_by("random")
+    assert found_by("tpe") >= 7 > found_by("random")
 
 
 def test_fish_draws_its_rows_at_random() -> None:
@@ -192,22 +193,47 @@ def test_fish_draws_its_rows_at_random() -> None:
 
 def test_the_walk_looks_around_at_the_target() -> None:
     at = fisher(2)
-    snr = Reading("snr", skip=1.0)
-    liked = Selector(Budgets.of(at.space, ())).mask(at, torch.arange(16), 6, snr)  # type: ignore[arg-type]
-    nearer = Selector(Budgets.of(at.space, ())).mask(at, torch.arange(16), 6, Reading("snr"))  # type: ignore[arg-type]
+    far, near = Reading("snr", skip=1.0), Reading("snr")
+    selector = Selector(Budgets.of(at.space, ()))
+    liked, nearer = (selector.mask(at, torch.arange(16), 6, r) for r in (far, near))  # type: ignore[arg-type]
 
     def answer(coords: list[int]) -> float:
         if coords == liked.coords.tolist():
             return 0.1
         return 0.3 if coords == nearer.coords.tolist() else 0.5
 
-    small = Ranges((16,), (64, 20, 6))
+    small = Ranges((16,), (64, 8, 6))  # too narrow for a window
     state = run("walk", answer, at=at, sizes=small, patience=3, criterion="fisher")
     assert state.best is not None and state.best.mask == liked
-    assert state.best.pair.reading == snr
-    assert len(set(masks(state))) == len([s for s in state.scored if s.mask.count == 6]) + len(
-        {s.mask.digest for s in state.scored if s.mask.count > 6}
-    )
+    assert state.best.pair.reading == far
+
+
+@pytest.mark.parametrize("liked", ["fisher", "mean", "snr"])
+def test_the_walk_narrows_by_the_criterion_that_does_best(liked: str) -> None:
+    at = fisher(2)
+    at.values *= 1e-6
+    (_, _, mask) = made("walk", at, criterion=liked, vary=()).narrowings.read(
+        Pair(torch.arange(16), step=3, reading=Reading(liked)),  # type: ignore[arg-type]
+        6,
+        liked,
+    )[0]
+    state = run("walk", lambda c: 0.1 if c == mask.coords.tolist() else 0.5, at=at)
+    first, *narrowing = state.rounds[:4]
+    assert {s.mask.count for s in first.nominated} == {6}
+    assert {s.pair.reading.criterion for r in narrowing for s in r.nominated} == {liked}
+    assert [r.moved_to.mask.count for r in narrowing] == list(SIZES.columns[1:])
+    assert first.moved_to.mask == mask and state.best is first.moved_to
+
+
+def test_rounds_above_the_budget_do_not_wear_out_patience() -> None:
+    """The criteria come first; what follows is too large to win until the target is reached."""
+    sizes = Ranges((16,), (64, 50, 40, 30, 6))
+    strategy, state, stale = made("walk", sizes=sizes), SearchState(sizes), []
+    for _ in range(5):
+        found = strategy.nominate(state)
+        state = advance(state, tuple(Scored(*f, scored(0.5)) for f in found))
+        stale.append(state.stale)
+    assert stale == [0, 0, 0, 0, 1]
 
 
 def test_the_walk_ends_when_all_around_is_known() -> None:
@@ -224,7 +250,7 @@ def test_smaller_masks_come_last_with_the_reading_of_the_best() -> None:
         state = run(name, sizes=sizes, trials=16)
         counts = {s.mask.count for s in state.scored}
         assert min(counts) < 8 and state.best is not None and state.best.mask.count <= 8
-    state = run("walk", sizes=sizes)
+    state = run("walk", sizes=sizes, vary=("skip",))
     counts_in_order = [r.moved_to.mask.count for r in state.rounds]
     assert counts_in_order == sorted(counts_in_order, reverse=True)
     assert set(sizes.columns[1:]) == set(counts_in_order)

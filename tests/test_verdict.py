@@ -70,7 +70,7 @@ def give(proxies: Proxies, *, seeds: int = 3) -> Verdict:
     winner = Scored("both", pair, mask, scored(0.4, rate=0.02))
     controls = Controls(
         {
-            "fish": lambda s: Candidate("fish", toy_mask(proxies.problem, 1, 2, s + 3, 30), 3),
+            "fish": lambda s: Candidate("fish", toy_mask(proxies.problem, 1, 2, s + 4, 30), 3),
             "random": lambda s: Candidate("random", random_mask(space, 4, 0, s)),
             "full": lambda s: proxies.full(),
             "head": lambda s: proxies.head_only(),

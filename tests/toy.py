@@ -32,6 +32,8 @@ QUICK: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 0.01,
     "seeds": 2,
+    "controls": ("random", "fish", "full", "head"),
+    "bootstraps": 4,
     "device": "cpu",
 }
 """Settings of a search that takes a moment."""
@@ -46,6 +48,9 @@ OPTIONS = {
     "batch-size": "8",
     "learning-rate": "0.01",
     "seeds": "1",
+    "controls": "random",
+    "vary": "criterion",
+    "bootstraps": "2",
     "device": "cpu",
 }
 """The command line's options of a search of a tiny transformer."""

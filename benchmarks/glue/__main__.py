@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vary", nargs="*", default=["criterion", "ceiling", "skip"], help="of readings there")
     add("--seeds", type=int, default=4, help="fine-tunes whose numbers count")
     add("--seed", type=int, default=0, help="of split, pool and pretraining: another problem")
-    add("--pool", type=int, default=128, help="rows that gradients are taken of")
+    add("--pool", type=int, help="rows that gradients are taken of; by default the search's")
     add("--proxy-steps", type=int, help="also of the head's warm-up; by default the task's")
     add("--final", type=int, default=4, help="length of the fine-tunes that count, in proxies")
     add("--data", type=Path, default=Path("data"), help="folder of glue/<task>/*.parquet")

@@ -56,7 +56,9 @@ class Bench:
     def pool(self) -> SampleSet:
         """The rows that gradients are taken of, as a search draws them."""
         c, train = self.config, self.problem.train
-        return train.select(random_subset(len(train), c.pool, seed=derive(c.seed, "pool")))
+        return train.select(
+            random_subset(len(train), c.rows(len(train)), seed=derive(c.seed, "pool"))
+        )
 
     @cached_property
     def standard(self) -> Narrowings:

@@ -97,7 +97,7 @@ class Cell:
         """Its key."""
         density = "" if self.density is None else f" @ {self.density:g}"
         setting = "".join(f", {key} {value}" for key, value in sorted(self.setting.items()))
-        return f"{self.experiment}: {self.method}{setting}{density}"
+        return f"{self.experiment}: {self.method}{setting}{density}, {self.steps} steps"
 
 
 Keep = Callable[[Cell], None]
@@ -124,9 +124,10 @@ class Results:
             "choose": len(p.choose),
             "verdict": len(p.verdict),
             "metric": p.task.metric,
-            "pool": c.pool,
+            "pool": c.rows(len(p.train)),
             "batch": c.batch_size,
             "proxy_steps": c.proxy_steps,
+            "rounds": c.rounds,
             "seed": c.seed,
         }
 

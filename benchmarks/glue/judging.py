@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.glue.bench import Bench
-from ird_search.candidate import Attempt, Candidate, Probe, ProxyScore, Trial, rate_at
+from ird_search.candidate import Candidate, ProxyScore, Trial
+from ird_search.contest import Outcome, contest
 from ird_search.controls import Draw
 from ird_search.paired import UNKNOWN, Gain, crossed
 from ird_search.proxy import Proxies
@@ -67,21 +68,29 @@ class Line:
 
     Args:
         proxy: its score among the search's proxies.
-        tuned: its score after as many steps as count, on the rows that choose.
-        trials: the fine-tunes that count, one for each seed, on the rows of the verdict.
+        found: of the fine-tunes whose numbers count.
     """
 
     candidate: Candidate
     proxy: ProxyScore
-    tuned: ProxyScore
-    trials: tuple[Trial, ...]
+    found: Outcome
     cost: Cost
     figures: dict[str, Any]
 
     @property
+    def tuned(self) -> ProxyScore:
+        """Its score after as many steps as count, on the rows that choose."""
+        return self.found.probe
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """The fine-tunes that count, one for each seed, on the rows of the verdict."""
+        return self.found.trials
+
+    @property
     def failure(self) -> str:
         """Why there are no numbers; empty when there are."""
-        return next((t.failure for t in (self.tuned.best, *self.trials) if not t.ok), "")
+        return self.found.failure
 
     @property
     def losses(self) -> Tensor:
@@ -96,34 +105,21 @@ class Line:
 
 
 def judge(bench: Bench, entrant: Entrant, *, steps: int | None = None) -> Line:
-    """Tune the rate by the proxies, again at full length, and run the seeds.
+    """Score it as a proxy, then put it through the contest of a verdict.
 
     Args:
         steps: of the fine-tunes that count; the bench's by default.
     """
     proxies, steps = bench.proxies, steps or bench.final_steps
-    first = entrant.draw(0)
-    (proxy,) = proxies.scores([first], promote=1.0)
+    (proxy,) = proxies.scores([entrant.draw(0)], promote=1.0)
+    start = proxy.best.rate
+
+    def drawn(s: int) -> Candidate:
+        return replace(entrant.draw(s), start=start)
+
+    found = contest({"it": drawn}, proxies, steps=steps, seeds=bench.config.seeds)["it"]
     cost = entrant.cost + Cost.of_scores([proxy], proxies)
-    tuned = proxy
-    if proxy.best.ok and steps != proxies.steps:
-        around = [rate_at(proxy.best.rate, i) for i in (-1, 0, 1)]
-        tuned = tried(proxies, Probe(first, around, more=1), steps)
-        cost += Cost.of(tuned.trials, steps)
-    trials: list[Trial] = []
-    if tuned.best.ok:
-        attempts = [
-            Attempt(entrant.draw(s), tuned.best.rate, steps, s, True)
-            for s in range(1, bench.config.seeds + 1)
-        ]
-        trials = proxies.trials(attempts)
-        cost += Cost.of(trials, steps)
-    return Line(first, proxy, tuned, tuple(trials), cost, entrant.figures)
-
-
-def tried(proxies: Proxies, probe: Probe, steps: int) -> ProxyScore:
-    """A candidate's best rate after so many steps."""
-    while wanted := probe.wanted():
-        found = proxies.trials([Attempt(probe.candidate, rate, steps) for rate in wanted])
-        probe.trials.update(zip(wanted, found, strict=True))
-    return probe.found
+    if steps != proxies.steps:  # else the probe is the proxy
+        cost += Cost.of(found.probe.trials, steps)
+    cost += Cost.of((*found.again, *found.trials), steps)
+    return Line(found.first, proxy, found, cost, entrant.figures)

@@ -37,7 +37,7 @@ def random(bench: Bench, k: int) -> Entrant:
 
 def fish(bench: Bench, k: int, *, rows: int | None = None) -> Entrant:
     """FISH Mask: the largest mean squares over random training rows."""
-    n = rows or bench.config.pool
+    n = rows or len(bench.pool)
     return Entrant(lambda s: Candidate("fish", bench.standard.fish(bench.random_rows(n, s), k), n))
 
 
@@ -149,8 +149,6 @@ RIVALS = ("random", "fish")
 """What every method of a density is compared with."""
 SEARCHES: Mapping[str, Method] = {
     **{name: partial(searched, name) for name in ("ladder", "walk", "tpe")},
-    "walk from fisher": partial(searched, "walk", criterion="fisher"),
-    "walk from snr": partial(searched, "walk", criterion="snr"),
 }
 RULES: Mapping[str, Method] = {
     "fisher, cold head": unwarmed,
@@ -188,6 +186,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "fisher",
         "mean",
         "snr",
+        "decrease",
         "snr, skip 3",
         "fisher, skip 10",
         "walk",

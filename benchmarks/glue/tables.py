@@ -33,12 +33,15 @@ def made(folder: Path) -> dict[str, str]:
     for task in TASKS:
         path = folder / f"{task}.json"
         if path.exists():
-            cells = list(json.loads(path.read_text(encoding="utf-8"))["cells"].values())
-            pool = json.loads(path.read_text(encoding="utf-8"))["setup"]["pool"]
-            found |= {f"{name} {task}": text for name, text in _tables(cells, pool)}
+            cells = list(cells_of(path).values())
+            setup = json.loads(path.read_text(encoding="utf-8"))["setup"]
+            found |= {f"{name} {task}": text for name, text in _tables(cells, setup)}
             paths = [path, *sorted(folder.glob(f"{OTHERS}/{task}.json"))]
             if len(paths) > 1:
-                found[f"problems {task}"] = problems([list(cells_of(p).values()) for p in paths])
+                each = [list(cells_of(p).values()) for p in paths]
+                for steps in _lengths([c for c in each[-1] if c["experiment"] == "methods"]):
+                    here = [[c for c in some if c["steps"] == steps] for some in each]
+                    found[f"problems {task}, {steps} steps"] = problems(here)
     return found
 
 
@@ -67,10 +70,10 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
     return re.sub(rf"<!-- table: (.+?) -->.*?{END}", replaced, text, flags=re.DOTALL)
 
 
-def _tables(cells: Sequence[Row], pool: int) -> Iterable[tuple[str, str]]:
+def _tables(cells: Sequence[Row], setup: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     makers: dict[str, Callable[[list[Row]], str]] = {
-        "methods": compared,
-        "scales": lambda rows: scales(rows, pool),
+        "methods": by_length,
+        "scales": lambda rows: scales(rows, min(setup["pool"], setup["train"])),
         "shifted": shifted,
         "efficiency": efficiency,
     }
@@ -78,12 +81,23 @@ def _tables(cells: Sequence[Row], pool: int) -> Iterable[tuple[str, str]]:
         if rows := [c for c in cells if c["experiment"] == name]:
             yield name, make(rows)
     rows = [c for c in cells if c["experiment"] == "methods"]
-    for density in _densities(rows):
-        here = [c for c in rows if c["density"] == density]
-        if sum(c["method"] in READINGS for c in here) > 10:
-            yield f"criteria {density:g}", criterion_table(here)
-    if rows:
-        yield "correlation", correlation(rows)
+    for steps in _lengths(rows):
+        same = [c for c in rows if c["steps"] == steps]
+        for density in _densities(same):
+            here = [c for c in same if c["density"] == density]
+            if sum(c["method"] in READINGS for c in here) > 10:
+                yield f"criteria {density:g}, {steps} steps", criterion_table(here)
+        if steps > setup["proxy_steps"]:
+            yield f"correlation, {steps} steps", correlation(same)
+
+
+def by_length(rows: Sequence[Row]) -> str:
+    """Methods × densities, a table for each length of the fine-tunes that count."""
+    parts = [
+        f"After {steps} steps:\n\n{compared([c for c in rows if c['steps'] == steps])}"
+        for steps in _lengths(rows)
+    ]
+    return "\n\n".join(parts)
 
 
 def compared(rows: Sequence[Row]) -> str:
@@ -236,6 +250,10 @@ def correlation(rows: Sequence[Row]) -> str:
         body.append([f"{density:.2%}", str(len(here)), *told])
     titles = ["proxy", "full length, same rows"]
     return _markdown(["density", "methods", *titles], body)
+
+
+def _lengths(rows: Iterable[Row]) -> list[int]:
+    return sorted({c["steps"] for c in rows})
 
 
 def _densities(rows: Iterable[Row]) -> list[float]:

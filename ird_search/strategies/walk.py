@@ -1,7 +1,9 @@
-"""`Walk`: narrow, then look around.
+"""`Walk`: choose a criterion, narrow, then look around.
 
-1. *Narrow.* Each round nominates the four moves (see `moves`), which have the same k′ and so can be
-   compared, and goes to the best, until k is at the target.
+0. *Choose a criterion*, where it may vary: the mask of the target's size by each, read from all
+   rows. Which one is best differs from model to model, and by more than what narrowing brings.
+1. *Narrow* by it. Each round nominates the four moves (see `moves`), which have the same k′ and so
+   can be compared, and goes to the best, until k is at the target.
 2. *Look around.* From the best pair at the target: fewer rows, and the readings one step away
    (another criterion, the next ceiling, more or fewer ranks passed over), each read from all
    candidates. It goes on from the best as long as that becomes better by more than chance, and ends
@@ -20,7 +22,7 @@ import torch
 from ird_search.config import Part
 from ird_search.moves import Move, Nomination
 from ird_search.narrowing import Narrowings
-from ird_search.pair import Pair
+from ird_search.pair import Pair, Ranges
 from ird_search.reading import Reading, neighbours
 from ird_search.search import SearchState
 
@@ -45,13 +47,28 @@ class Walk:
 
     def nominate(self, state: SearchState) -> Sequence[Nomination]:
         sizes, pair = state.ranges, state.pair
-        if pair is None:
-            pair = Pair(torch.arange(sizes.rows[0]), reading=self.base)
+        opening = "criterion" in self.vary
+        if opening and not state.rounds and (found := self._criteria(sizes)):
+            return found
+        if len(state.rounds) <= opening:
+            reading = self.base if pair is None else pair.reading
+            pair = Pair(torch.arange(sizes.rows[0]), reading=reading)
+        assert pair is not None
         if pair.step < sizes.target:
             return self.narrowings.narrowed(pair, sizes, MOVES)
         around = pair.step == sizes.target and state.stale < self.patience
         found = list(self._around(state, state.best.pair if state.best else pair)) if around else []
         return found or self._below(state)
+
+    def _criteria(self, sizes: Ranges) -> Sequence[Nomination]:
+        """The mask of the target's size by each criterion."""
+        readings = [self.base, *neighbours(self.base, ("criterion",), self.base)]
+        found: dict[str, Nomination] = {}
+        for reading in readings:
+            pair = Pair(torch.arange(sizes.rows[0]), step=sizes.target, reading=reading)
+            for nomination in self.narrowings.read(pair, sizes.budget, str(reading)):
+                found.setdefault(nomination[2].digest, nomination)
+        return list(found.values())
 
     def _around(self, state: SearchState, best: Pair) -> Iterator[Nomination]:
         """What is one step from the best pair, and was not tried."""
