@@ -18,10 +18,13 @@ from functools import cached_property
 from importlib import import_module
 
 import torch
+from torch import nn
 
+from ird_search.budgets import Budgets
 from ird_search.candidate import Adapter, Candidate, Kind
 from ird_search.config import Control
 from ird_search.errors import UsageError
+from ird_search.granularity import Units
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
 from ird_search.pair import Scored
@@ -66,6 +69,7 @@ class Rivals:
     def __init__(self, winner: Scored, proxies: Proxies, narrowings: Narrowings) -> None:
         self.winner, self.proxies, self.narrowings = winner, proxies, narrowings
         self.mask, self.seed = winner.mask, proxies.config.seed
+        self.units = narrowings.selector.units
 
     def __getitem__(self, kind: Control) -> Draw:
         """What draws a control."""
@@ -83,12 +87,12 @@ class Rivals:
 
     def random(self, s: int) -> Candidate:
         """Another mask for each seed."""
-        mask = random_mask(self.mask.space, self.mask.count, self.seed, s)
+        mask = random_mask(self.mask.space, self.mask.count, self.seed, s, self.units)
         return Candidate("random", mask)
 
     def shuffle(self, s: int) -> Candidate:
         """Another mask for each seed, with the winner's counts."""
-        return Candidate("shuffle", shuffled(self.mask, self.seed, s))
+        return Candidate("shuffle", shuffled(self.mask, self.seed, s, self.units))
 
     def fish(self, s: int) -> Candidate:
         """Other rows for each seed."""
@@ -128,10 +132,8 @@ class Rivals:
 
     @cached_property
     def _magnitude(self) -> SparseMask:
-        space, model = self.mask.space, self.proxies.problem.model
-        sizes = space.flatten({n: model.get_parameter(n).detach().cpu() for n in space.names})
-        budgets = self.narrowings.selector.budgets
-        return SparseMask(space, budgets.ranks(sizes.float().abs(), None, 0, self.mask.count))
+        model, budgets = self.proxies.problem.model, self.narrowings.selector.budgets
+        return magnitude_mask(model, budgets, self.mask.count)
 
 
 def fish_samples(winner: Scored, train: SampleSet, *, seed: int, s: int) -> SampleSet:
@@ -140,13 +142,32 @@ def fish_samples(winner: Scored, train: SampleSet, *, seed: int, s: int) -> Samp
     return train.select(random_subset(len(train), rows, seed=derive(seed, "fish", s)))
 
 
-def random_mask(space: ParameterSpace, count: int, seed: int, s: int) -> SparseMask:
-    """So many entries, each as likely as any other."""
-    return SparseMask(space, random_subset(space.numel, count, seed=derive(seed, "random mask", s)))
+def magnitude_mask(model: nn.Module, budgets: Budgets, count: int) -> SparseMask:
+    """The largest weights."""
+    space = budgets.space
+    sizes = space.flatten({n: model.get_parameter(n).detach().float().cpu() for n in space.names})
+    return SparseMask(space, budgets.ranks(sizes.abs(), None, 0, count))
 
 
-def shuffled(mask: SparseMask, seed: int, s: int) -> SparseMask:
-    """As many entries in each tensor, each of a tensor's as likely as any other.
+def random_mask(
+    space: ParameterSpace, count: int, seed: int, s: int, units: Units | None = None
+) -> SparseMask:
+    """So many entries, each as likely as any other; or at most so many, in whole units likewise."""
+    own = derive(seed, "random mask", s)
+    if units is None:
+        return SparseMask(space, random_subset(space.numel, count, seed=own))
+    parts, first = [], 0
+    for name in space.names:
+        parts.append(units.of(name) + first)
+        first = int(parts[-1].max()) + 1
+    unit_of = torch.cat(parts)
+    order = torch.randperm(first, generator=torch.Generator().manual_seed(own))
+    fits = unit_of.bincount()[order].cumsum(0) <= count
+    return SparseMask(space, torch.isin(unit_of, order[fits]).nonzero().flatten())
+
+
+def shuffled(mask: SparseMask, seed: int, s: int, units: Units | None = None) -> SparseMask:
+    """As many entries (or whole units) in each tensor, each of a tensor's as likely as any other.
 
     Example:
         >>> space = ParameterSpace(("a", "b"), ((4,), (1000,)))
@@ -157,5 +178,11 @@ def shuffled(mask: SparseMask, seed: int, s: int) -> SparseMask:
     drawn = [torch.empty(0, dtype=torch.int64)]
     for name, index in mask.indices.items():
         span, own = mask.space.span(name), derive(seed, "shuffled mask", s, name)
-        drawn.append(span.start + random_subset(span.stop - span.start, index.numel(), seed=own))
+        if units is None:
+            at = random_subset(span.stop - span.start, index.numel(), seed=own)
+        else:
+            ids = units.of(name)
+            number, chosen = int(ids.max()) + 1, ids[index].unique().numel()
+            at = torch.isin(ids, random_subset(number, chosen, seed=own)).nonzero().flatten()
+        drawn.append(span.start + at)
     return SparseMask(mask.space, torch.cat(drawn))

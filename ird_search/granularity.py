@@ -70,6 +70,11 @@ class Units:
             kept.append(at[complete[taken]])
         return torch.cat(kept)
 
+    def of(self, name: str) -> Tensor:
+        """The unit that each entry of a tensor is in, counting from 0: int64 [m · n · …]."""
+        shape = self.space.shapes[self.space.names.index(name)]
+        return self._ids(torch.arange(prod(shape)), shape)
+
     def _parts(self, is_open: Tensor | None) -> list[tuple[slice, Tensor]]:
         """For each tensor: its positions among the open columns, and the unit of each."""
         found = []
@@ -85,7 +90,7 @@ class Units:
 
     def _ids(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The unit that each entry of a tensor is in."""
-        if len(shape) < 2:
+        if len(shape) < 2 or self.granularity == "entry":
             return index
         inner = prod(shape[2:])
         row, column = index // (shape[1] * inner), index // inner % shape[1]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from ird_search import report
 from ird_search.artifact import ChosenRows, save_mask
@@ -26,7 +25,6 @@ from ird_search.devices import computing
 from ird_search.errors import UsageError
 from ird_search.fisher import FisherMatrix, Memory, PassRecord
 from ird_search.front import front
-from ird_search.granularity import Units
 from ird_search.ledger import Ledger, Unit
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -257,7 +255,8 @@ class Run:
             self.show.say(f"Fisher by {fisher.engine.path}")
             return fisher
 
-        return Narrowings(opened, self._selector(), self.ledger, about, wait=self.helping)
+        selector = Selector.of(c, self.budgets, self.pool)
+        return Narrowings(opened, selector, self.ledger, about, wait=self.helping)
 
     def _settled(self, narrowings: Narrowings) -> Narrowings:
         """The same over fewer rows of the pool, where these give the same mask."""
@@ -286,15 +285,6 @@ class Run:
         scores = narrowings.row_scores(everything, winner.mask)
         chosen = winner.pair.rows[scores[winner.pair.rows].float().isfinite()]
         return sample_report(self.pool, scores, chosen, losses, probabilities)
-
-    def _selector(self) -> Selector:
-        c = self.config
-        units = None
-        if c.granularity != "entry":
-            units = Units(self.problem.space, c.granularity, c.block)
-        labels = self.pool.labels if c.balanced else None
-        assert labels is None or isinstance(labels, Tensor)  # checked with the other settings
-        return Selector(self.budgets, units, c.floor, labels, c.row_cap)
 
     def _scoring_point(self, steps: int) -> ScoringPoint:
         """Where F is computed, which is not where the proxies start."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ird_search.budgets import Budgets
+from ird_search.config import SearchConfig
 from ird_search.coordinates import digest
 from ird_search.errors import ModelError
 from ird_search.fisher import FisherMatrix
@@ -16,6 +17,7 @@ from ird_search.granularity import Units
 from ird_search.mask import SparseMask
 from ird_search.reading import Reading
 from ird_search.rows import choose_rows
+from ird_search.samples import SampleSet
 from ird_search.selection import ranks
 
 
@@ -36,6 +38,16 @@ class Selector:
     floor: float = 0.0
     labels: Tensor | None = None
     cap: float | None = None
+
+    @classmethod
+    def of(cls, config: SearchConfig, budgets: Budgets, pool: SampleSet) -> Selector:
+        """The rules that the settings name, for the rows of a pool."""
+        units = None
+        if config.granularity != "entry":
+            units = Units(budgets.space, config.granularity, config.block)
+        labels = pool.labels if config.balanced else None
+        assert labels is None or isinstance(labels, Tensor)  # checked with the other settings
+        return cls(budgets, units, config.floor, labels, config.row_cap)
 
     @property
     def about(self) -> dict[str, Any]:

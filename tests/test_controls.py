@@ -16,13 +16,14 @@ from ird_search import controls as module
 from ird_search import proxy
 from ird_search.budgets import Budgets
 from ird_search.candidate import Attempt, Candidate
-from ird_search.config import DataConfig, SearchConfig
+from ird_search.config import DataConfig, Granularity, SearchConfig
 from ird_search.consumers.peft import control
 from ird_search.consumers.peft.control import Lora, lora_of_size
-from ird_search.controls import Controls, Rivals, fish_samples, shuffled
+from ird_search.controls import Controls, Rivals, fish_samples, random_mask, shuffled
 from ird_search.errors import UsageError
 from ird_search.evaluation import evaluate
 from ird_search.fisher import FisherMatrix, make_engine
+from ird_search.granularity import Units
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -51,7 +52,7 @@ def rivals_of(proxies: Proxies, mask: SparseMask) -> tuple[Rivals, FisherMatrix]
 
 
 def toy_rivals(**settings: Any) -> tuple[Rivals, FisherMatrix]:
-    proxies = toy_proxies(**settings)
+    proxies = toy_proxies(**{"controls": SearchConfig().controls, **settings})
     return rivals_of(proxies, toy_mask(proxies.problem, 0, 3, 9, 35))
 
 
@@ -71,6 +72,24 @@ def test_masks_by_chance_differ_from_seed_to_seed_and_are_drawn_again_alike(kind
     assert [again[kind](s).mask for s in range(4)] == drawn
     assert [other[kind](s).mask for s in range(4)] != drawn
     assert {rivals[kind](s).kind for s in range(4)} == {kind}
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+def test_where_units_are_whole_so_are_those_drawn_by_chance(granularity: Granularity) -> None:
+    space = ParameterSpace(("a", "b"), ((6, 4), (5,)))
+    units = Units(space, granularity, 2)
+    taken, size = torch.zeros(space.numel), {"row": 4, "column": 6, "block": 4}[granularity]
+    for s in range(60):
+        mask = random_mask(space, 15, 0, s, units)
+        assert 15 - size < mask.count <= 15
+        assert units.whole(mask.coords, None).tolist() == mask.coords.tolist()
+        taken[mask.coords] += 1
+        again = shuffled(mask, 0, s, units)
+        assert units.whole(again.coords, None).tolist() == again.coords.tolist()
+        counts = [{n: i.numel() for n, i in m.indices.items()} for m in (mask, again)]
+        assert counts[0] == counts[1]
+    assert taken.min() > 5  # none is out of reach
+    assert random_mask(space, 15, 0, 0, units) != random_mask(space, 15, 0, 1, units)
 
 
 def test_a_shuffled_mask_has_the_winners_counts_and_any_entries() -> None:

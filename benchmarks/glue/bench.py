@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.glue.tasks import classes
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
 from ird_search.config import SearchConfig
 from ird_search.errors import UsageError
 from ird_search.fisher import FisherMatrix
-from ird_search.granularity import Units
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -88,12 +86,7 @@ class Bench:
         def opened() -> FisherMatrix:
             return open_fisher(p.model, p.task, p.space, samples, c, p.device, point=point)
 
-        units = None
-        if c.granularity != "entry":
-            units = Units(p.space, c.granularity, c.block)
-        labels = classes(samples) if c.balanced else None
-        budgets = Budgets.of(p.space, c.groups)
-        selector = Selector(budgets, units, c.floor, labels, c.row_cap)
+        selector = Selector.of(c, Budgets.of(p.space, c.groups), samples)
         return Narrowings(opened, selector, self.ledger, about)
 
     def random_rows(self, n: int, s: int) -> SampleSet:

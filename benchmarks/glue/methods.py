@@ -13,7 +13,7 @@ from benchmarks.glue.judging import Cost, Entrant
 from ird_search.candidate import Candidate
 from ird_search.config import Part, Strategy
 from ird_search.consumers.peft.control import lora_of_size
-from ird_search.controls import random_mask, shuffled
+from ird_search.controls import magnitude_mask, random_mask, shuffled
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
 from ird_search.pair import Ranges
@@ -43,10 +43,8 @@ def fish(bench: Bench, k: int, *, rows: int | None = None) -> Entrant:
 
 def magnitude(bench: Bench, k: int) -> Entrant:
     """The largest weights."""
-    space, model = bench.problem.space, bench.problem.model
-    sizes = space.flatten({n: model.get_parameter(n).detach().float().cpu() for n in space.names})
-    chosen = bench.standard.selector.budgets.ranks(sizes.abs(), None, 0, k)
-    return fixed(Candidate("magnitude", SparseMask(space, chosen)))
+    budgets = bench.standard.selector.budgets
+    return fixed(Candidate("magnitude", magnitude_mask(bench.problem.model, budgets, k)))
 
 
 def reversed_fisher(bench: Bench, k: int) -> Entrant:
