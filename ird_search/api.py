@@ -24,7 +24,8 @@ from ird_search.opening import open_fisher
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.problem import Problem, make_problem, open_samples
 from ird_search.progress import Progress
-from ird_search.run import Run, SearchResult, help_out
+from ird_search.result import SearchResult
+from ird_search.run import Run, help_out
 from ird_search.rundir import RunDirectory
 from ird_search.workers import refuse_while_starting, workers
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from ird_search import report
-from ird_search.artifact import ChosenRows, save_mask
+from ird_search.artifact import ChosenRows
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
 from ird_search.candidate import Candidate
@@ -22,9 +20,7 @@ from ird_search.controls import Controls
 from ird_search.coordinates import digest
 from ird_search.crash import crash_point
 from ird_search.devices import computing
-from ird_search.errors import UsageError
 from ird_search.fisher import FisherMatrix, Memory, PassRecord
-from ird_search.front import front
 from ird_search.ledger import Ledger, Unit
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -34,14 +30,14 @@ from ird_search.problem import Problem
 from ird_search.progress import Progress
 from ird_search.proxy import Proxies
 from ird_search.reading import Reading
-from ird_search.rundir import INCLUSION, MASK, REPORT, ROUNDS, SAMPLES, RunDirectory
+from ird_search.result import SearchResult
+from ird_search.rundir import RunDirectory
 from ird_search.sample_report import SampleReport, sample_report
 from ird_search.scoring import ScoringPoint, scoring_steps
 from ird_search.search import Round, SearchState, search
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
 from ird_search.selector import Selector
-from ird_search.stability import Stability
 from ird_search.strategies import make_strategy
 from ird_search.study import Study
 from ird_search.training import snapshot
@@ -49,86 +45,6 @@ from ird_search.verdict import Verdict, give_verdict, too_few
 
 SMALLER = 16
 """Where a smaller mask may be picked, it is looked for down to one of so many parameters."""
-
-
-@dataclass(frozen=True, eq=False)
-class SearchResult:
-    """What a search found.
-
-    Args:
-        mask: the winning mask.
-        samples: the rows it was computed from, with their row scores.
-        score: the winner's mean loss on held-out samples that no choice has seen.
-        verdict: the winner beside its controls.
-        rounds: every round, with every candidate.
-        winner: the pair that was taken.
-        stability: whether other rows would have given the same mask.
-        sample_report: every row of the pool: chosen, outlier, label in doubt.
-        config: the settings.
-        provenance: where model, data and numbers came from; stored in the mask's file.
-    """
-
-    mask: SparseMask
-    samples: ChosenRows
-    score: float
-    verdict: Verdict
-    rounds: tuple[Round, ...]
-    winner: Scored
-    stability: Stability
-    sample_report: SampleReport
-    config: SearchConfig
-    provenance: Mapping[str, Any]
-
-    @property
-    def front(self) -> list[Scored]:
-        """The density-score front: pairs that no smaller one is better than, smallest first."""
-        return front(s for r in self.rounds for s in r.nominated)
-
-    def save(self, directory: str | Path) -> Path:
-        """Write the report, the rounds, the samples and the mask; return the mask's path.
-
-        Raises:
-            UsageError: one of these files is there already.
-        """
-        place = RunDirectory(Path(directory))
-        written = (ROUNDS, SAMPLES, INCLUSION, REPORT, MASK)
-        if found := [n for n in written if (place.path / n).exists()]:
-            raise UsageError(f"{place.path} holds {', '.join(found)}. Choose another directory.")
-        return self.write(place)
-
-    def write(self, place: RunDirectory) -> Path:
-        """Write the files of a run into its own directory, the mask last."""
-        place.write_rounds([report.round_record(r) for r in self.rounds])
-        place.write(SAMPLES, self.sample_report.lines())
-        if self.stability.overlaps:
-            place.write(INCLUSION, save(self.stability.by_parameter(self.mask)))
-        place.write(REPORT, self.markdown())
-        crash_point("report written")
-        save_mask(place.mask, self.mask, samples=self.samples, provenance=self.provenance)
-        crash_point("mask in place")
-        return place.mask
-
-    def markdown(self) -> str:
-        """`report.md`."""
-        text = report.markdown(self.verdict, self.rounds, self.winner, self.provenance)
-        parts = [
-            *report.front_lines(self.front, self.winner),
-            "## The samples",
-            "",
-            *(f"* {line}" for line in (*self.sample_report.summary(), str(self.stability))),
-        ]
-        return "\n".join([text, *parts, ""])
-
-    def table(self) -> str:
-        """The verdict as a table with its explanation."""
-        told = report.explained(self.verdict, self.config.learning_rate)
-        text = f"{report.text_table(self.verdict)}\n\n{told}"
-        return "\n".join([text, *self.provenance["notes"]])
-
-    def __repr__(self) -> str:
-        return (
-            f"SearchResult(loss {self.score:.4f}, {len(self.samples.ids)} samples, {self.mask!r})"
-        )
 
 
 class Run:

@@ -31,6 +31,7 @@ from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher.engine import Engine
 from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
 from ird_search.fisher.record import Memory, PassRecord
+from ird_search.fisher.tile import Tile
 from ird_search.ledger import Ledger
 from ird_search.parameters import ParameterSpace
 from ird_search.samples import EXCLUDED_SHARE, SampleSet, require_few
@@ -68,69 +69,6 @@ class Moments:
 
     square: Tensor
     mean: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """Gradients of `rows` (positions) × `columns` (sorted coordinates), on the CPU.
-
-    Without values it is one that an interrupted run had in memory. They are squared when they are
-    read, so that one tile answers for F and for the mean gradient.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    values: Tensor | None = None
-
-    def equals(self, rows: Tensor, columns: Tensor) -> bool:
-        return torch.equal(self.rows, rows) and torch.equal(self.columns, columns)
-
-    def covers(self, rows: Tensor, columns: Tensor) -> bool:
-        if columns.numel() > self.columns.numel() or not torch.isin(rows, self.rows).all():
-            return False
-        at = torch.searchsorted(self.columns, columns).clamp_(max=self.columns.numel() - 1)
-        return bool((self.columns[at] == columns).all())
-
-    def row_sums(self, rows: Tensor, columns: Tensor) -> list[Tensor]:
-        """Σ_{j ∈ columns} F[i, j] for each row: squared in float32, summed in float64."""
-        wide = torch.empty(columns.numel(), dtype=torch.float64)
-        return [torch.square(one, out=wide).sum() for one in self._read(rows, columns)]
-
-    def column_sums(
-        self, rows: Tensor, columns: Tensor, *, mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Σ_{i ∈ rows} of F[i, j], and of g[i, j] where it is wanted."""
-        squares = torch.zeros(columns.numel())
-        means = torch.zeros(columns.numel()) if mean else None
-        for one in self._read(rows, columns):
-            squares += one.square()
-            if means is not None:
-                means += one
-        return squares, means
-
-    def resampled(
-        self, rows: Tensor, columns: Tensor, counts: Tensor, *, mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Σ_i counts[b, i] F[i, j], and of g[i, j] where it is wanted: [B, k]."""
-        weights = counts.float()
-        squares = torch.zeros(weights.shape[0], columns.numel())
-        means = torch.zeros_like(squares) if mean else None
-        for i, one in enumerate(self._read(rows, columns)):
-            squares.addr_(weights[:, i], one.square())
-            if means is not None:
-                means.addr_(weights[:, i], one)
-        return squares, means
-
-    def _read(self, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-        """g[i, columns] for one row after another: a second tile is never formed."""
-        position = {row: i for i, row in enumerate(self.rows.tolist())}
-        at = None
-        if columns.numel() < self.columns.numel():
-            at = torch.searchsorted(self.columns, columns)
-        for row in rows.tolist():
-            assert self.values is not None
-            one = self.values[position[row]]
-            yield one if at is None else one.index_select(0, at)
 
 
 class FisherMatrix:
@@ -174,7 +112,7 @@ class FisherMatrix:
         self._kept: dict[tuple[int, ...], _Factors | None] = {}
         self._bytes: dict[tuple[int, ...], int] = {}
         self._has_room = True
-        self._tile: _Tile | None = None
+        self._tile: Tile | None = None
         self._engine: Engine = engine
         self._most: int | None = None
 
@@ -198,7 +136,7 @@ class FisherMatrix:
         self._kept = {rows: self._kept.get(rows) for rows, _ in memory.kept}
         self._bytes = dict(memory.kept)
         if memory.tile is None or self._tile is None or not self._tile.equals(*memory.tile):
-            self._tile = None if memory.tile is None else _Tile(*memory.tile)
+            self._tile = None if memory.tile is None else Tile(*memory.tile)
 
     def on(self, samples: SampleSet) -> FisherMatrix:
         """The matrix of the same model on a few other samples.
@@ -395,7 +333,7 @@ class FisherMatrix:
         empty = torch.empty(0, dtype=torch.int64, device=self.device)
         return Columns(empty, self._numel(name))
 
-    def _restricted(self, rows: Tensor, columns: Tensor) -> _Tile | None:
+    def _restricted(self, rows: Tensor, columns: Tensor) -> Tile | None:
         """A tile that holds these rows and columns where it fits into memory, else None."""
         if self._tile is not None and self._tile.covers(rows, columns):
             if self._tile.values is None:
@@ -407,7 +345,7 @@ class FisherMatrix:
         self._tile = self._filled(rows, columns)
         return self._tile
 
-    def _filled(self, rows: Tensor, columns: Tensor) -> _Tile:
+    def _filled(self, rows: Tensor, columns: Tensor) -> Tile:
         values = torch.zeros(rows.numel(), columns.numel())
         place = torch.full((len(self.samples),), -1)
         place[rows] = torch.arange(rows.numel())
@@ -422,7 +360,7 @@ class FisherMatrix:
                     values[place[chosen[part]], spans[name]] = found.cpu()
 
         self._pass("gradients", rows, columns, {"values": values}, add)
-        return _Tile(rows, columns, values)
+        return Tile(rows, columns, values)
 
     def _pass(
         self,
@@ -548,7 +486,7 @@ class FisherMatrix:
         """Keep nothing; then take half as many rows at a time; then one, by the loop; give up."""
         held, tile = any(self._kept.values()), self._tile
         if tile is not None and tile.values is not None:
-            held, self._tile = True, _Tile(tile.rows, tile.columns)
+            held, self._tile = True, Tile(tile.rows, tile.columns)
         self._kept, self._has_room = dict.fromkeys(self._kept), False
         release_memory()
         if held:
