@@ -404,7 +404,8 @@ def count_runs(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> l
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(name: str) -> SearchResult:
-        settings = {**QUICK, "learning_rate": None, "seeds": 1, "warmup_steps": 1}
+        short = {"seeds": 1, "warmup_steps": 1, "vary": ("criterion",), "controls": ("random",)}
+        settings = {**QUICK, "learning_rate": None, **short}
         return search_mask(toy_net(), toy_rows(), output=tmp_path / name, **settings)
 
     with monkeypatch.context() as patch:

@@ -30,7 +30,7 @@ def kept(row: Row, *, at_least: int) -> None:
 
 
 def test_killed_at_random_moments(b: Bench) -> None:
-    kept(kills.at_random(b, times=6), at_least=6)
+    kept(kills.at_random(b, times=4), at_least=4)
 
 
 def test_killed_at_every_named_point(b: Bench) -> None:
@@ -48,7 +48,7 @@ def test_stopped_by_a_signal(
     b: Bench, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals, "SECONDS", float("inf"))  # the machine may be busy
-    kept(signals.stopped_by(b, number, times=2), at_least=2)
+    kept(signals.stopped_by(b, number, times=1), at_least=1)
 
 
 def test_a_full_disk(b: Bench) -> None:
@@ -68,7 +68,7 @@ def test_places_that_cannot_be_written(b: Bench) -> None:
 
 
 def test_damaged_files_of_a_run(b: Bench, half: Path) -> None:
-    kept(ledger.damaged(b, half, every=16, hows=["cut"]), at_least=4)
+    kept(ledger.damaged(b, half, every=32, hows=["cut"]), at_least=2)
 
 
 def test_what_changed_before_a_resume_is_refused(b: Bench, half: Path) -> None:

@@ -84,7 +84,7 @@ def test_an_interrupted_narrowing_goes_on_bit_for_bit(
     whole = Stopping(engine, -1)
     expected = narrow(p, whole, None, cache)
     assert narrow(p, engine, tmp_path / "recorded", cache) == expected
-    for at in range(1, len(whole.rows) + 1, max(1, whole.batches // 3)):
+    for at in range(1, len(whole.rows) + 1, max(1, whole.batches // 2)):
         directory = tmp_path / str(at)
         stopped = Stopping(engine, at)
         try:
