@@ -155,11 +155,14 @@ def fisher_scores(
 
         F[i, j] = (∂ log p(yᵢ | xᵢ; θ) / ∂θⱼ)²     the empirical Fisher, one term a sample
 
-    Exact, in float32, and never samples × parameters in memory.
+    Exact, in float32, and never samples × parameters in memory. With `fisher="expected"` labels are
+    all that the model gives a probability, F[i, j] = Σ_y p(y | xᵢ) (∂ log p(y | xᵢ) / ∂θⱼ)²; with
+    "sampled" they are drawn from it; with `fisher_unit="token"` each target token of a language
+    model is squared by itself.
 
     Args:
         mask: sum the row scores within it; over all candidate parameters by default.
-        settings: fields of `SearchConfig` (`method`, `embeddings`, `include`, …) or `DataConfig`.
+        settings: fields of `SearchConfig` (`fisher`, `method`, `include`, …) or `DataConfig`.
 
     Raises:
         UsageError, DataError, ModelError: bad settings, data or model.
@@ -171,6 +174,8 @@ def fisher_scores(
         >>> scores = fisher_scores(net, rows, head=[])
         >>> scores.by_parameter["0.weight"].shape, scores.by_sample.shape, scores.path
         (torch.Size([8, 4]), torch.Size([6]), 'taps')
+        >>> fisher_scores(net, rows, head=[], fisher="expected").by_parameter["2.bias"].shape
+        torch.Size([2])
     """
     if settings.get("scoring_steps"):
         raise UsageError(

@@ -16,6 +16,8 @@ from ird_search.errors import UsageError, nearest
 
 Strategy = Literal["walk", "ladder", "grid", "tpe", "random", "fish"]
 Criterion = Literal["fisher", "mean", "snr", "decrease"]
+FisherLabels = Literal["empirical", "expected", "sampled"]
+FisherUnit = Literal["sequence", "token"]
 Granularity = Literal["entry", "row", "column", "block"]
 Part = Literal["criterion", "ceiling", "skip"]
 Pick = Literal["target", "smallest", "knee"]
@@ -170,6 +172,18 @@ class SearchConfig:
     embeddings: bool = setting(False, "let embedding tables be candidates too")
     include: tuple[str, ...] = setting((), "regular expressions: only these are candidates")
     exclude: tuple[str, ...] = setting((), "regular expressions: these are not candidates")
+    fisher: FisherLabels = setting(
+        "empirical",
+        "labels whose gradients are squared: the data's, all that the model gives a probability "
+        "(weighted by it), or ones drawn from it; other labels than the data's have no mean "
+        "gradient, and criterion is fisher",
+    )
+    fisher_draws: int = setting(1, "labels drawn for a sample, where fisher is sampled", low=1)
+    fisher_unit: FisherUnit = setting(
+        "sequence",
+        "what of a language model's sample is squared: the gradient of the whole, or of each "
+        "target token by itself; by token there is no mean gradient either",
+    )
     method: Method = setting("auto", "how per-sample gradients are computed")
     fisher_tokens: int | None = setting(
         None,
@@ -196,6 +210,25 @@ class SearchConfig:
     def budget(self, parameters: int) -> int:
         """How many of so many candidate parameters are selected: the nearest whole number."""
         return round(self.density * parameters)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the mean gradient is there beside the mean square, and with it all criteria.
+
+        Under the model's own distribution the mean gradient is zero; and the squares of tokens
+        belong to no gradient of their sample.
+        """
+        return self.fisher == "empirical" and self.fisher_unit == "sequence"
+
+    @property
+    def varied(self) -> tuple[Part, ...]:
+        """What of a reading may vary: `vary`, less the criterion where there is only one.
+
+        Example:
+            >>> SearchConfig(fisher="expected").varied
+            ('ceiling', 'skip')
+        """
+        return tuple(part for part in self.vary if self.signed or part != "criterion")
 
     def rows(self, samples: int) -> int:
         """How many of so many training samples form the pool.
@@ -276,11 +309,29 @@ def check_settings(config: SearchConfig | DataConfig) -> None:
         pool = POOL if config.pool is None else config.pool
         if config.min_samples > pool:
             problems.append(f"min_samples ({config.min_samples}) is larger than pool ({pool}).")
+        problems += _fisher_problems(config)
     if problems:
         raise UsageError(problems)
     for f in fields(config):  # lists from YAML or JSON become tuples: configs are values
         if isinstance(value := getattr(config, f.name), list):
             object.__setattr__(config, f.name, tuple(value))
+
+
+def _fisher_problems(config: SearchConfig) -> list[str]:
+    """Settings of F that make no sense together."""
+    problems = []
+    if config.fisher_draws > 1 and config.fisher != "sampled":
+        problems.append(
+            f"fisher_draws is {config.fisher_draws}, but fisher is {config.fisher!r}, which draws "
+            "no labels. Pass fisher='sampled' (--fisher sampled)."
+        )
+    if not config.signed and config.criterion not in (None, "fisher"):
+        problems.append(
+            f"criterion is {config.criterion!r}, which needs the mean gradient; with fisher "
+            f"{config.fisher!r} by the {config.fisher_unit} there is only the mean square. Pass "
+            "criterion='fisher' (--criterion fisher)."
+        )
+    return problems
 
 
 def _list_problem(name: str, value: Any, words: tuple[str, ...]) -> str:

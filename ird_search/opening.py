@@ -10,7 +10,15 @@ from torch import nn
 from ird_search.config import SearchConfig
 from ird_search.devices import release_memory
 from ird_search.errors import out_of_memory
-from ird_search.fisher import Elsewhere, Engine, FisherMatrix, Loop, PassRecord, make_engine
+from ird_search.fisher import (
+    Elsewhere,
+    Engine,
+    FisherMatrix,
+    LabelRule,
+    Loop,
+    PassRecord,
+    make_engine,
+)
 from ird_search.parameters import ParameterSpace
 from ird_search.samples import SampleSet
 from ird_search.scoring import ScoringPoint
@@ -36,11 +44,15 @@ def open_fisher(
     Args:
         point: the weights to take gradients at, if not the model's own.
         record: where long passes write down their sums.
+
+    Raises:
+        UsageError: the task has no such Fisher as the settings ask for.
     """
     engine: Engine
-    loop: Engine = Loop(model, task, space.names)
+    labels = LabelRule.of(config, task)
+    loop: Engine = Loop(model, labels.likelihood, space.names)
     with point.visited() if point else nullcontext():
-        engine = _engine(model, task, space, samples, config, device) or loop
+        engine = _engine(model, labels, space, samples, config, device) or loop
     if point:
         engine, loop = Elsewhere(engine, point.visited), Elsewhere(loop, point.visited)
     return FisherMatrix(
@@ -52,12 +64,13 @@ def open_fisher(
         device=device,
         fallback=loop,
         record=record,
+        labels=labels,
     )
 
 
 def _engine(
     model: nn.Module,
-    task: Task,
+    labels: LabelRule,
     space: ParameterSpace,
     samples: SampleSet,
     config: SearchConfig,
@@ -65,9 +78,10 @@ def _engine(
 ) -> Engine | None:
     """The path that passes the self-check; None where memory does not suffice for one sample."""
     for count in (CHECKED, 2, 1):
-        example = samples.batch(torch.arange(min(count, len(samples))), device)
+        example = labels.example(samples, torch.arange(min(count, len(samples))), device)
         try:
-            return make_engine(model, task, space, example=example, method=config.method)
+            likelihood = labels.likelihood
+            return make_engine(model, likelihood, space, example=example, method=config.method)
         except (MemoryError, RuntimeError) as problem:
             if not out_of_memory(problem):
                 raise

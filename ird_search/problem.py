@@ -27,6 +27,7 @@ from ird_search.data.encoding import encode
 from ird_search.data.sources import Source, read_source, read_validation, splits_of
 from ird_search.devices import resolve_device
 from ird_search.errors import DataError, IRDError, UsageError, out_of_memory
+from ird_search.fisher import label_problems
 from ird_search.models import (
     LoadedModel,
     check_weights,
@@ -321,6 +322,7 @@ def _check_settings(
         )
     if config.balanced and not isinstance(task, Classification):
         problems.append(f"balanced needs classes; this is {task.name}. Pass --no-balanced.")
+    problems += label_problems(task, config.fisher, config.fisher_unit)
     if config.pool is not None and config.pool > len(train):
         problems.append(
             f"pool is {config.pool}, but {len(train)} samples are there to draw it from. "

@@ -63,9 +63,11 @@ class Reading:
     def of(cls, config: SearchConfig) -> Reading:
         """The one that a search begins with: the settings', by default `snr`, which needs no scale.
 
-        The ladder's is `fisher`: it is the closest reading of the paper.
+        The ladder's is `fisher`: it is the closest reading of the paper. So is it where there is no
+        mean gradient.
         """
-        usual: Criterion = "fisher" if config.strategy == "ladder" else "snr"
+        squares = config.strategy == "ladder" or not config.signed
+        usual: Criterion = "fisher" if squares else "snr"
         return cls(config.criterion or usual, config.ceiling, config.skip, config.reach)
 
     @property

@@ -20,7 +20,7 @@ from ird_search.controls import Controls
 from ird_search.coordinates import digest
 from ird_search.crash import crash_point
 from ird_search.devices import computing
-from ird_search.fisher import FisherMatrix, Memory, PassRecord
+from ird_search.fisher import FisherMatrix, LabelRule, Memory, PassRecord
 from ird_search.ledger import Ledger, Unit
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -159,7 +159,7 @@ class Run:
             "start": self.proxies.start,
             "scoring": [steps, c.batch_size, c.weight_decay, c.seed] if steps else [],
             "pool": digest(self.pool.ids),
-            "fisher": [c.method, c.fisher_tokens, c.cache_mb],
+            "fisher": [c.method, c.fisher_tokens, c.cache_mb, *LabelRule.of(c, p.task).about],
         }
 
         def opened() -> FisherMatrix:

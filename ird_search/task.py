@@ -65,6 +65,17 @@ class Task:
         """The training loss of a batch, a scalar: the mean negative log-likelihood."""
         return -self.log_likelihood(logits, labels).mean()
 
+    def noise(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """What `drawn` makes labels of, one number a label, float32, in the labels' shape.
+
+        Uniform in 0 … 1 here: the place in the cumulative distribution.
+        """
+        return torch.rand(labels.shape, generator=generator)
+
+    def drawn(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Labels from the model's own distribution p(y | xᵢ; θ), in the shape of `noise`."""
+        raise NotImplementedError
+
     def summary(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What `metrics` needs of each sample: [B, …]."""
         return logits
@@ -89,6 +100,9 @@ class Classification(Task):
     def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         return -F.cross_entropy(_wide(logits), labels, reduction="none")
 
+    def drawn(self, logits: Tensor, noise: Tensor) -> Tensor:
+        return _placed(logits, noise)
+
     def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
         predicted, gold = summary.argmax(-1).cpu().numpy(), labels.cpu().numpy()
         found = {"accuracy": float((predicted == gold).mean()), "f1": _f1(predicted, gold)}
@@ -108,6 +122,13 @@ class Regression(Task):
     def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         error = _wide(logits).reshape(labels.shape) - labels
         return -0.5 * error.square() - 0.5 * math.log(2 * math.pi)
+
+    def noise(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard deviations from the mean, normal."""
+        return torch.randn(labels.shape, generator=generator)
+
+    def drawn(self, logits: Tensor, noise: Tensor) -> Tensor:
+        return _wide(logits).reshape(noise.shape) + noise
 
     def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
         predicted, gold = summary.reshape(-1).cpu().numpy(), labels.cpu().numpy()
@@ -136,6 +157,15 @@ class CausalLM(Task):
             ignore_index=IGNORED,
         )
         return -picked.view(labels.shape[0], -1).sum(-1)
+
+    def noise(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform in 0 … 1; −100 stays where no likelihood is."""
+        return super().noise(labels, generator).masked_fill(labels == IGNORED, IGNORED)
+
+    def drawn(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Each target from p(y_t | y_<t), behind the tokens that are there."""
+        picked = F.pad(_placed(logits[:, :-1], noise[:, 1:]), (1, 0), value=IGNORED)
+        return picked.masked_fill(noise == IGNORED, IGNORED)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over the batch's predicted tokens, as trainers of language models use it."""
@@ -170,6 +200,17 @@ def make_task(name: str, num_labels: int | None = None) -> Task:
 def _wide(logits: Tensor) -> Tensor:
     """At least float32: half precision loses the tail of a log-likelihood."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _placed(logits: Tensor, places: Tensor) -> Tensor:
+    """The class at a place in the cumulative distribution: [..., C] and [...] → int64 [...].
+
+    In float64, where there is one: another batch rounds logits otherwise, and float32 sums over a
+    vocabulary would let that decide a draw more often.
+    """
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    below = logits.softmax(-1, dtype=dtype).cumsum(-1)[..., :-1]
+    return (below <= places.to(dtype)[..., None]).sum(-1)
 
 
 def _f1(predicted: np.ndarray, gold: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
 from ird_search.config import SearchConfig
 from ird_search.errors import UsageError
-from ird_search.fisher import FisherMatrix
+from ird_search.fisher import FisherMatrix, LabelRule
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
@@ -80,7 +80,7 @@ class Bench:
             "problem": p.fingerprint,
             "start": self.proxies.start if warm else "as it came",
             "pool": samples.fingerprint,
-            "fisher": [c.method, c.fisher_tokens, c.cache_mb],
+            "fisher": [c.method, c.fisher_tokens, c.cache_mb, *LabelRule.of(c, p.task).about],
         }
 
         def opened() -> FisherMatrix:

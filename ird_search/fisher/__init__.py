@@ -2,7 +2,7 @@
 
 Three paths give the same numbers: `taps` (fast), `vmap` (general), `loop` (always works).
 `make_engine` picks one, compares it with the loop on two samples, and falls back with a warning
-where they disagree.
+where they disagree. `LabelRule` says whose labels they see: a path knows nothing of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from ird_search.errors import out_of_memory
 from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
+from ird_search.fisher.labels import LabelRule, label_problems
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.matrix import FisherMatrix, Marginals, Moments
 from ird_search.fisher.record import Memory, PassRecord
@@ -35,12 +36,14 @@ __all__ = [
     "Engine",
     "FallbackWarning",
     "FisherMatrix",
+    "LabelRule",
     "Loop",
     "Marginals",
     "Memory",
     "Moments",
     "PassRecord",
     "SampleGradients",
+    "label_problems",
     "make_engine",
     "register_rule",
     "self_check",

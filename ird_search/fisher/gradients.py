@@ -93,6 +93,11 @@ class SampleGradients(ABC):
     def batch(self) -> int:
         """B."""
 
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """P_l."""
+
     @abstractmethod
     def dense(self) -> Tensor:
         """All of it, float32: [B, P_l]. For checks and small tensors."""
@@ -168,6 +173,10 @@ class Dense(SampleGradients):
     def batch(self) -> int:
         return self.gradients.shape[0]
 
+    @property
+    def numel(self) -> int:
+        return self.gradients.shape[1]
+
     def dense(self) -> Tensor:
         return self.gradients.float()
 
@@ -208,6 +217,10 @@ class Outer(SampleGradients):
     @property
     def _size(self) -> tuple[int, int]:
         return self.left.shape[2], self.right.shape[2]
+
+    @property
+    def numel(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
 
     def dense(self) -> Tensor:
         return torch.bmm(self.left.float().mT, self.right.float()).flatten(1)
@@ -293,6 +306,10 @@ class Lookup(SampleGradients):
     def batch(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def numel(self) -> int:
+        return self.rows * self.left.shape[2]
+
     def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, table row, summed gradient [·, d]) for each touched (sample, row) pair."""
         batch, tokens = self.ids.shape
@@ -361,6 +378,10 @@ class Added(SampleGradients):
     def batch(self) -> int:
         return self.uses[0].batch
 
+    @property
+    def numel(self) -> int:
+        return self.uses[0].numel
+
     def dense(self) -> Tensor:
         first, *rest = self.uses
         total = first.dense()
@@ -399,6 +420,68 @@ def added(uses: list[SampleGradients]) -> SampleGradients:
             lookups[0].rows,
         )
     return Added(tuple(uses))
+
+
+@dataclass(frozen=True, eq=False)
+class Terms(SampleGradients):
+    """Several gradients a sample, whose *squares* add up: F[b] = Σ_v G_v[b]².
+
+    One for each label that a sample may have, or for each of its tokens. It stands for the root
+    √F[b], which has no sign: its square is what is asked for everywhere, and its sum is nothing.
+    """
+
+    terms: tuple[SampleGradients, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.terms[0].batch
+
+    @property
+    def numel(self) -> int:
+        return self.terms[0].numel
+
+    def dense(self) -> Tensor:
+        return self._root(term.dense() for term in self.terms)
+
+    def entries(self, columns: Columns) -> Tensor:
+        return self._root(term.entries(columns) for term in self.terms)
+
+    @staticmethod
+    def _root(found: Iterator[Tensor]) -> Tensor:
+        total = next(found).square()
+        for one in found:
+            total.addcmul_(one, one)
+        return total.sqrt_()
+
+    def add_squares(
+        self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
+    ) -> Tensor:
+        """As everywhere, term by term.
+
+        Raises:
+            ValueError: the mean is wanted as well.
+        """
+        if means is not None:
+            raise ValueError("Squares of several gradients have no mean gradient.")
+        return torch.stack([term.add_squares(sums, within) for term in self.terms]).sum(0)
+
+    def square_norms(self, within: Columns | None = None) -> Tensor:
+        return torch.stack([term.square_norms(within) for term in self.terms]).sum(0)
+
+    def select(self, rows: Tensor | slice) -> Terms:
+        return Terms(tuple(term.select(rows) for term in self.terms))
+
+    @property
+    def storages(self) -> tuple[Tensor, ...]:
+        return tuple(t for term in self.terms for t in term.storages)
+
+
+def squared_together(held: SampleGradients, more: SampleGradients) -> SampleGradients:
+    """`held` with one more term: as terms while their factors are smaller than the root."""
+    terms = (*held.terms, more) if isinstance(held, Terms) else (held, more)
+    both = Terms(terms)
+    size = sum(t.numel() * t.element_size() for t in both.storages)
+    return both if size <= 4 * both.batch * both.numel else Dense(both.dense())
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ird_search.coordinates import digest
 from ird_search.devices import release_memory
-from ird_search.errors import ResourceError, out_of_memory
-from ird_search.fisher.engine import Engine
+from ird_search.errors import ResourceError, UsageError, out_of_memory
+from ird_search.fisher.engine import Contribution, Engine
 from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
+from ird_search.fisher.labels import LabelRule
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.tile import Tile
 from ird_search.ledger import Ledger
@@ -84,6 +85,8 @@ class FisherMatrix:
         device: where batches go.
         fallback: the path for one sample at a time, where memory suffices for no more.
         record: where long passes write down their sums.
+        labels: whose labels they are, and what is squared by itself; the samples' own, and the
+            whole of a sample, by default.
     """
 
     def __init__(
@@ -98,10 +101,11 @@ class FisherMatrix:
         device: str | torch.device = "cpu",
         fallback: Engine | None = None,
         record: PassRecord | None = None,
+        labels: LabelRule | None = None,
     ) -> None:
         self.engine, self.samples, self.space = engine, samples, space
         self.tokens, self.cache_bytes, self.device = tokens, cache_bytes, torch.device(device)
-        self.excluded_share, self.fallback = excluded_share, fallback
+        self.excluded_share, self.fallback, self.labels = excluded_share, fallback, labels
         self.record = record or PassRecord(Ledger(), {})
         self.excluded: set[int] = set()
         """Positions of samples whose log-likelihood or gradient is not finite."""
@@ -153,6 +157,7 @@ class FisherMatrix:
             device=self.device,
             fallback=self.fallback,
             record=self.record,
+            labels=self.labels,
         )
         there._engine, there._most = self._engine, self._most  # where memory ran out before
         return there
@@ -210,7 +215,11 @@ class FisherMatrix:
             rows: S as positions, int64 [|S|].
             columns: sorted coordinates; all parameters by default.
             mean: whether m_j(S) is wanted; c_j(S) has the same bits with it and without.
+
+        Raises:
+            UsageError: m_j(S) is wanted where squares are of other labels, or of tokens.
         """
+        self._require_signed(mean)
         if columns is None:
             nothing = torch.empty(0, dtype=torch.int64)
             _, squares, means = self._both(rows, nothing, mean=mean)
@@ -236,7 +245,11 @@ class FisherMatrix:
             columns: sorted coordinates.
             counts: how often each row counts in each draw: [B, |S|].
             mean: whether m_j is wanted.
+
+        Raises:
+            UsageError: as `column_moments`.
         """
+        self._require_signed(mean)
         few = max(1, LEAST_TILE // (8 * max(1, columns.numel())))
         for some in counts.split(few):
             yield from self._resampled(rows, columns, some, mean=mean)
@@ -464,7 +477,7 @@ class FisherMatrix:
         while rows.numel():
             batch, done, reason = rows[: self._most], 0, ""
             try:
-                for c in self._engine.gradients(self.samples.batch(batch, self.device)):
+                for c in self._contributions(batch):
                     have, good, tensors = batch[c.part], c.finite.cpu(), c.tensors
                     self._exclude(have[~good])
                     if not good.all():
@@ -481,6 +494,18 @@ class FisherMatrix:
                 self._smaller(batch.numel() - done, reason)
             self.passes += done / len(self.samples)
             rows = rows[done:]
+
+    def _require_signed(self, mean: bool) -> None:
+        if mean and self.labels is not None and not self.labels.signed:
+            raise UsageError(
+                f"The mean gradient is not there with {self.labels.labels} labels by the "
+                f"{self.labels.unit}; ask for the mean square alone (mean=False)."
+            )
+
+    def _contributions(self, rows: Tensor) -> Iterator[Contribution]:
+        if self.labels is None:
+            return self._engine.gradients(self.samples.batch(rows, self.device))
+        return self.labels.gradients(self._engine, self.samples, rows, self.device)
 
     def _smaller(self, rows: int, reason: str) -> None:
         """Keep nothing; then take half as many rows at a time; then one, by the loop; give up."""

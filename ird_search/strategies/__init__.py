@@ -30,10 +30,10 @@ def make_strategy(
     Args:
         base: how masks are read off the gradients at first.
     """
-    points = Points(narrowings, ranges, base, config.vary)
+    points = Points(narrowings, ranges, base, config.varied)
     match config.strategy:
         case "walk":
-            return Walk(narrowings, base, vary=config.vary, patience=config.patience)
+            return Walk(narrowings, base, vary=config.varied, patience=config.patience)
         case "ladder":
             return Ladder(narrowings, base, patience=config.patience)
         case "grid":
