@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from ird_search.api import fisher_scores, search_mask
 from ird_search.config import SearchConfig
 from ird_search.errors import UsageError
-from ird_search.fisher import FisherMatrix, LabelRule, make_engine
+from ird_search.fisher import Contribution, Engine, FisherMatrix, LabelRule, PassRecord, make_engine
 from ird_search.fisher.gradients import Columns, Dense, Outer, Terms, squared_together
 from ird_search.fisher.labels import Drawn, Weighted
+from ird_search.ledger import Ledger
 from ird_search.opening import open_fisher
 from ird_search.reading import Reading
-from ird_search.samples import SampleSet
+from ird_search.run import Run
+from ird_search.samples import Batch, SampleSet
 from ird_search.task import IGNORED, CausalLM, Classification, Regression, logits_of
 from tests.cases import Problem, named, problem, prompts, vectors
 from tests.reference import fisher, relative_error
+from tests.toy import toy_problem
 
 CLOSE = 1e-5
 CPU = torch.device("cpu")
@@ -93,7 +97,7 @@ def check(m: FisherMatrix, f: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
-@pytest.mark.parametrize("name", ["mlp", "bert-sdpa", "regression", "gpt2"])
+@pytest.mark.parametrize("name", ["mlp", "bert-sdpa", "gpt2"])
 def test_by_default_the_bits_are_those_of_the_engine_alone(name: str, method: str) -> None:
     p = named(name)
     example = p.samples.batch(range(6))
@@ -112,8 +116,10 @@ def test_by_default_the_bits_are_those_of_the_engine_alone(name: str, method: st
 # --- all labels that the model gives a probability ----------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
-@pytest.mark.parametrize("name", ["mlp", "bert-sdpa", "vit"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("vit", "auto"), *((n, m) for n in ("mlp", "bert-sdpa") for m in ("auto", "vmap", "loop"))],
+)
 def test_expected_equals_a_loop_over_labels(name: str, method: str) -> None:
     p = named(name)
     m = opened(p, fisher="expected", method=method)
@@ -191,7 +197,7 @@ def test_gaussian_regression_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
-@pytest.mark.parametrize("name", ["mlp", "bert-sdpa", "regression", "gpt2"])
+@pytest.mark.parametrize("name", ["mlp", "regression", "gpt2"])
 def test_sampled_equals_a_loop_over_draws(name: str, method: str) -> None:
     p = named(name)
     m = opened(p, fisher="sampled", fisher_draws=3, method=method)
@@ -246,9 +252,9 @@ def test_many_draws_come_near_what_is_expected(name: str) -> None:
     f = opened(p, fisher="expected").marginals().columns if f is None else f
     errors = [
         relative_error(opened(p, fisher="sampled", fisher_draws=n).marginals().columns, f)
-        for n in (4, 500)
+        for n in (4, 300)
     ]
-    assert errors[1] < 0.25 and errors[1] < errors[0]
+    assert errors[1] < 0.3 and errors[1] < errors[0]
 
 
 def opened_rows(p: Problem, **settings: Any) -> Tensor:
@@ -318,14 +324,15 @@ def test_tokens_equal_a_loop_over_them(method: str, side: Any) -> None:
 
 def test_a_sampled_token_is_drawn_behind_the_datas_prefix() -> None:
     p = named("gpt2")
+    p = Problem(p.model, p.task, p.samples.select([1, 3, 0]), p.space)
     m = opened(p, fisher="sampled", fisher_draws=2, fisher_unit="token")
-    labels = [drawn_labels(p, rule_of(m), row) for row in range(6)]
+    labels = [drawn_labels(p, rule_of(m), row) for row in range(3)]
 
     def terms(logits: Tensor, label: Tensor, row: int) -> Iterator[Tensor]:
         for y in labels[row]:
             yield from (term / 2**0.5 for term in over_tokens(logits, y, row))
 
-    check(m, by_row(p, terms))
+    assert relative_error(m.marginals().columns, by_row(p, terms).mean(0)) <= CLOSE
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -457,3 +464,70 @@ def test_what_weighs_a_term_is_held_fixed(kind: Any) -> None:
     p = logits.detach().softmax(-1)
     weight = p.gather(1, y[:, None]).sqrt() if kind is Weighted else 1
     torch.testing.assert_close(found, weight * (nn.functional.one_hot(y, 3) - p))
+
+
+# --- interruptions, memory, and other runs -------------------------------------------------------
+
+
+class Faulty:
+    """An engine that stops at its n-th batch, or cannot hold more than a few rows."""
+
+    def __init__(self, engine: Engine, *, stop: int = 0, most: int = 100) -> None:
+        self.engine, self.stop, self.most, self.batches = engine, stop, most, 0
+        self.path, self.names = engine.path, engine.names
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        self.batches += 1
+        if self.batches == self.stop:
+            raise KeyboardInterrupt
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.engine.gradients(batch)
+
+
+def faulty(p: Problem, rule: LabelRule, record: PassRecord | None, **faults: int) -> FisherMatrix:
+    example = rule.example(p.samples, torch.arange(3), CPU)
+    engine = Faulty(make_engine(p.model, rule.likelihood, p.space, example=example), **faults)
+    settings: dict[str, Any] = {"tokens": 16, "cache_bytes": 0, "record": record}
+    return FisherMatrix(engine, p.samples, p.space, labels=rule, **settings)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_pass_over_terms_goes_on_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    p = named("bert-sdpa")
+    rule = LabelRule(p.task, "sampled", draws=3)
+    whole = faulty(p, rule, None)
+    wanted = whole.marginals()
+    assert isinstance(whole.engine, Faulty) and whole.engine.batches >= 9
+
+    def matrix(**faults: int) -> FisherMatrix:
+        return faulty(p, rule, PassRecord(Ledger(tmp_path), {"of": "a test"}, every=0), **faults)
+
+    with pytest.raises(KeyboardInterrupt):
+        matrix(stop=stop).marginals()
+    rest = matrix()
+    found = rest.marginals()
+    assert torch.equal(found.rows, wanted.rows) and torch.equal(found.columns, wanted.columns)
+    assert isinstance(rest.engine, Faulty) and rest.engine.batches < whole.engine.batches + stop
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_memory_that_runs_out_counts_no_term_twice(most: int) -> None:
+    p = named("mlp")
+    rule = LabelRule(p.task, "expected")
+    m = faulty(p, rule, None, most=most)
+    m.tokens = 10_000
+    found = m.marginals()
+    assert relative_error(found.columns, by_row(p, over_classes).mean(0)) <= CLOSE
+
+
+def test_runs_with_another_fisher_share_no_narrowing(tmp_path: Path) -> None:
+    ledger, seen = Ledger(tmp_path), []
+    settings: dict[str, Any] = {"criterion": "fisher", "strategy": "ladder", "controls": ()}
+    for kind in ("empirical", "expected", "sampled", "empirical", "expected"):
+        toy, config = toy_problem(**settings, fisher=kind)
+        found = Run(toy, config, ledger).result()
+        seen.append((sum(1 for _ in ledger.finished("narrowing")), found.samples.scores))
+    counts = [count for count, _ in seen]
+    assert 0 < counts[0] < counts[1] < counts[2] == counts[3] == counts[4]
+    assert torch.equal(seen[1][1], seen[4][1]) and torch.equal(seen[0][1], seen[3][1])
