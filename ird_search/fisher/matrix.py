@@ -10,7 +10,8 @@ and, where a column's sign counts, through the mean gradient beside it, from the
 
 θ does not move, so what a row contributes is fixed. Three tiers, by memory:
 
-1. a *tile*: the gradients g themselves, of some rows and columns, once that many numbers fit;
+1. a *tile*: the gradients g themselves (with several terms a sample, see `labels`, the roots of F),
+   of some rows and columns, once that many numbers fit;
 2. the rows' *factors* as the engine gave them, kept from the first pass: no model is needed again;
 3. recomputation, for the rows whose factors did not fit.
 """
