@@ -347,6 +347,7 @@ def train_in_parallel(rank: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     ranks = in_two_processes(train_in_parallel, tmp_path)
     for optimizer in OPTIMIZERS:
