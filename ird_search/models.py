@@ -182,13 +182,21 @@ def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in ordered) else ordered
 
 
+def _input_table(base: Any) -> Any:
+    """The table of token embeddings; None for models of images or sound, some of which raise."""
+    try:
+        return base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
     """(longest sample in tokens, number of token ids); `None` where unknown or unlimited."""
     base = unwrapped(model)
     config = getattr(base, "config", None)
     if config is None:
         return None, None
-    table = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    table = _input_table(base)
     vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None)
     positions = getattr(config, "max_position_embeddings", None)
     for name, module in base.named_modules():

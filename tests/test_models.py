@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -301,6 +303,8 @@ def test_the_limits_of_a_model() -> None:
     assert limits_of(tiny_gpt2()) == (32, size)
     assert limits_of(tiny_vit()) == (None, None)
     assert limits_of(nn.Linear(2, 2)) == (None, None)
+    resnet = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    assert limits_of(ResNetForImageClassification(resnet)) == (None, None)  # no table, and raises
     roberta = RobertaConfig(
         vocab_size=40,
         hidden_size=8,
