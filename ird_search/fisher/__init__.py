@@ -80,12 +80,13 @@ def make_engine(
     """
     loop = Loop(model, task, space.names)
     chosen: Engine = loop
-    order = ["taps", "vmap"]
-    first = {"auto": 0, "taps": 0, "vmap": 1, "loop": 2}[method]
+    order = ["taps", "cautious taps", "vmap"]
+    first = {"auto": 0, "taps": 0, "vmap": 2, "loop": 3}[method]
     reasons = []
     for path in order[first:]:
         try:
-            engine = _build(path, model, task, space, example)
+            if (engine := _build(path, model, task, space, example)) is None:
+                continue
             with _full_precision():
                 error, allowed = self_check(engine, loop, example)
         except Exception as problem:
@@ -99,7 +100,7 @@ def make_engine(
                 chosen = engine
                 break
             reasons.append(f"{path!r} is off the loop by {error:.1e}, more than {allowed:.0e}")
-    if reasons:
+    if reasons and not chosen.path.startswith("taps"):
         warnings.warn(
             f"On {type(model).__name__} the Fisher path {chosen.path!r} is used: "
             f"{'; '.join(reasons)}.",
@@ -111,11 +112,17 @@ def make_engine(
 
 def _build(
     path: str, model: nn.Module, task: Task, space: ParameterSpace, example: Batch
-) -> Engine:
-    """Taps where they reach, vmap for the rest; or vmap for all."""
+) -> Engine | None:
+    """Taps where they reach, vmap for the rest; or vmap for all.
+
+    None for cautious taps that would be no other than the plain ones.
+    """
     if path == "vmap":
         return VMap(model, task, space.names)
-    taps = Taps(model, task, space.names, example=example)
+    cautious = path == "cautious taps"
+    taps = Taps(model, task, space.names, example=example, cautious=cautious)
+    if cautious and not taps.doubtful:
+        return None
     if not taps.uncovered:
         return taps
     log.info("No tap reaches %s; vmap computes these.", ", ".join(taps.uncovered))

@@ -366,6 +366,52 @@ class Lookup(SampleGradients):
 
 
 @dataclass(frozen=True, eq=False)
+class Routed(SampleGradients):
+    """Gradients of E weight matrices in one tensor, of which each token uses some: an expert's.
+
+        G[b, e] = Σ_{t: ids[b, t] = e} left[b, t, :] ⊗ right[b, t, :]
+
+    Args:
+        ids: which matrix each token uses, int64 [B, T]; −1 for none. A token that uses several
+            stands there as often.
+        left: [B, T, m], the factor along the rows of a matrix.
+        right: [B, T, n], the factor along its columns.
+        matrices: E.
+    """
+
+    ids: Tensor
+    left: Tensor
+    right: Tensor
+    matrices: int
+
+    @property
+    def batch(self) -> int:
+        return self.ids.shape[0]
+
+    def dense(self) -> Tensor:
+        m, n = self.left.shape[2], self.right.shape[2]
+        out = torch.zeros(self.batch, self.matrices, m, n, device=self.left.device)
+        for b, used in enumerate(self.ids):
+            for e in used[used >= 0].unique().tolist():
+                at = used == e
+                out[b, e] = self.left[b, at].float().mT @ self.right[b, at].float()
+        return out.flatten(1)
+
+    def entries(self, columns: Columns) -> Tensor:
+        out = torch.empty(self.batch, columns.count, device=self.left.device)
+        for part, flat in self.formed():
+            out[part] = columns.take(flat)
+        return out
+
+    def select(self, rows: Tensor | slice) -> Routed:
+        return Routed(self.ids[rows], self.left[rows], self.right[rows], self.matrices)
+
+    @property
+    def storages(self) -> tuple[Tensor, ...]:
+        return (self.ids, self.left, self.right)
+
+
+@dataclass(frozen=True, eq=False)
 class Added(SampleGradients):
     """G = Σ_u G_u, one tensor used in unlike ways: an embedding tied to the output layer.
 

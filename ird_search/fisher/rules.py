@@ -5,7 +5,7 @@ sample at once; with the module's input a[b, …] it determines the per-sample g
 module's own parameters. A rule writes down how, for one kind of module.
 
 `register_rule` adds a rule for a module of your own. A module with parameters but no children, one
-tensor in and one tensor out, needs none: the general rule takes its vector-Jacobian product with
+tensor in and tensors out, needs none: the general rule takes its vector-Jacobian product with
 `torch.func.vmap`.
 """
 
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from ird_search.fisher.gradients import Dense, Lookup, Outer, SampleGradients
+from ird_search.fisher.gradients import Dense, Lookup, Outer, Routed, SampleGradients
 
-Rule = Callable[[Any, Tensor, Tensor], dict[str, SampleGradients]]
-"""(module, inputs [B, …], output gradients [B, …]) → gradients by the parameter's own name."""
+Rule = Callable[[Any, Any, Any], dict[str, SampleGradients]]
+"""(module, inputs [B, …], output gradients [B, …]) → gradients by the parameter's own name.
+
+A tuple of tensors where the module is called with several, or answers with several.
+"""
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
@@ -49,6 +52,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module, or None where only its children have one."""
     if rule := _RULES.get(type(module)):
         return rule
+    if _is_fused_experts(module):
+        return experts
     has_children = next(module.children(), None) is not None
     return None if has_children else general
 
@@ -95,15 +100,61 @@ def conv2d(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
     return {"weight": Outer(g.mT, patches.mT), "bias": Dense(g.sum(2, dtype=torch.float32))}
 
 
-def general(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
+def experts(module: Any, a: tuple[Tensor, Tensor, Tensor], g: Tensor) -> dict[str, SampleGradients]:
+    """transformers' fused experts: y = Σ_k p_k D_e z(U_e x), e = ids_k, both matrices [E, …, …].
+
+    Of a token's k-th expert: D_e gets p_k g ⊗ z, and U_e gets the gradient of z's input ⊗ x.
+
+    Args:
+        a: tokens [B, T, d], their experts' ids [B, T, K] and these experts' shares [B, T, K].
+    """
+    size = g.shape[0]
+    x, ids, shares = (v.reshape(-1, v.shape[-1]) for v in a)
+    x, slots = x.repeat_interleave(ids.shape[1], 0), ids.flatten()  # one line a token and expert
+    down = g.reshape(-1, g.shape[-1]).repeat_interleave(ids.shape[1], 0) * shares.reshape(-1, 1)
+    inner = x.new_zeros(len(x), module.down_proj.shape[2])
+    up = x.new_zeros(len(x), module.gate_up_proj.shape[1])
+    for e in slots.unique().tolist():
+        if e < len(module.down_proj):  # one more stands for "no expert"
+            at = slots == e
+            hidden = x[at] @ module.gate_up_proj[e].mT
+            inner[at], back, *_ = vjp(module._apply_gate, hidden)
+            up[at] = back((down[at] @ module.down_proj[e]).to(hidden.dtype))[0]
+    count = len(module.down_proj)
+    slots = slots.masked_fill(slots >= count, -1).unflatten(0, (size, -1))
+    factors = [v.unflatten(0, (size, -1)) for v in (up, x, down, inner)]
+    return {
+        "gate_up_proj": Routed(slots, factors[0], factors[1], count),
+        "down_proj": Routed(slots, factors[2], factors[3], count),
+    }
+
+
+def _is_fused_experts(module: Any) -> bool:
+    """The layout that `experts` is written for; transformers has others."""
+    others = ("has_bias", "is_transposed", "has_post_expert_norm")
+    return (
+        {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+        and getattr(module, "has_gate", False)
+        and hasattr(module, "_apply_gate")
+        and not any(getattr(module, name, False) for name in others)
+    )
+
+
+def general(module: Any, a: Tensor, g: Any) -> dict[str, SampleGradients]:
     """Any module without children: vmap of its own vector-Jacobian product over the samples."""
     weights = {name: p.detach() for name, p in module.named_parameters()}
 
-    def pull(one: Tensor, out: Tensor) -> dict[str, Tensor]:
-        _, back, *_ = vjp(lambda w: functional_call(module, w, (one[None],)), weights)
-        return back(out[None])[0]
+    def pull(one: Tensor, outs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def called(w: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            answer = functional_call(module, w, (one[None],))
+            answers = answer if isinstance(answer, tuple) else (answer,)
+            return tuple(y for y in answers if y.is_floating_point())
 
-    gradients = vmap(pull, randomness="different")(a, g)
+        values, back, *_ = vjp(called, weights)
+        return back(tuple(out.reshape(y.shape) for out, y in zip(outs, values, strict=True)))[0]
+
+    outs = g if isinstance(g, tuple) else (g,)
+    gradients = vmap(pull, randomness="different")(a, outs)
     return {name: Dense(grad.flatten(1).float()) for name, grad in gradients.items()}
 
 
