@@ -162,10 +162,10 @@ def qwen3_moe(attention: str) -> Problem:
     return language_model("Qwen3MoeForCausalLM", DECODER | experts, attention)
 
 
-def t5() -> Problem:
+def t5(attention: str) -> Problem:
     settings = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     tokens = {"vocab_size": len(VOCABULARY), "decoder_start_token_id": 0, "pad_token_id": 0}
-    return seq2seq("T5ForConditionalGeneration", settings | tokens)
+    return seq2seq("T5ForConditionalGeneration", settings | tokens, attention)
 
 
 def bart(attention: str) -> Problem:
@@ -323,7 +323,7 @@ MODELS = (
     *both("gemma3", "a sliding window, scaled embeddings", gemma3),
     *both("mixtral", "a router, experts fused in one tensor", mixtral),
     *both("qwen3-moe", "a router, experts fused in one tensor", qwen3_moe),
-    Case("t5", "relative positions in a table, no biases", t5, "taps+vmap"),
+    *both("t5", "relative positions in a table, no biases", t5, "taps+vmap"),
     *both("bart", "an encoder and a decoder with one table", bart, "taps+vmap"),
     *both("vit", "a class token and positions that no module's output shows", vit, "taps+vmap"),
     Case("resnet", "BatchNorm in evaluation mode, convolutions", resnet),
