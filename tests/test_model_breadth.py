@@ -91,6 +91,7 @@ def test_entries_and_parts_of_fused_experts() -> None:
             if isinstance(g, Routed):
                 routed += 1
                 whole = g.dense()
+                assert g.numel == whole.shape[1]
                 assert relative_error(whole.square(), truth(case)[:, p.space.span(name)]) <= CLOSE
                 columns = Columns(torch.arange(3, whole.shape[1], 7), whole.shape[1])
                 assert torch.equal(g.entries(columns), whole[:, 3::7])

@@ -388,6 +388,10 @@ class Routed(SampleGradients):
     def batch(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def numel(self) -> int:
+        return self.matrices * self.left.shape[2] * self.right.shape[2]
+
     def dense(self) -> Tensor:
         m, n = self.left.shape[2], self.right.shape[2]
         out = torch.zeros(self.batch, self.matrices, m, n, device=self.left.device)
