@@ -170,6 +170,8 @@ def test_a_lopsided_pool_has_its_share_of_one_class(bench: Bench) -> None:
     assert len(found.samples) == 20
     assert torch.equal(classes(found.samples) != 0, found.odd)
     assert int(found.odd.sum()) == 2
+    small = lopsided(bench.problem.train, 10_000, seed=3)  # more than there are
+    assert 0.05 < small.odd.float().mean() < 0.15 and len(small.samples) < len(bench.problem.train)
 
 
 def test_the_area_is_a_count_of_pairs() -> None:

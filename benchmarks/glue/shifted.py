@@ -109,10 +109,11 @@ def flipped(samples: SampleSet, count: int, *, seed: int) -> Pool:
 
 
 def lopsided(samples: SampleSet, count: int, *, seed: int, share: float = 0.9) -> Pool:
-    """So many samples, most of them of class 0; the others are the odd ones."""
+    """So many samples or fewer, most of them of class 0; the others are the odd ones."""
     labels = classes(samples)
     common, rare = ((labels == 0).nonzero().flatten(), (labels != 0).nonzero().flatten())
-    most = min(round(share * count), len(common))
+    count = min(count, int(len(common) / share))  # small data hold no more of the class
+    most = round(share * count)
     parts = [
         group[random_subset(len(group), size, seed=seed)]
         for group, size in ((common, most), (rare, count - most))

@@ -39,9 +39,10 @@ def made(folder: Path) -> dict[str, str]:
             paths = [path, *sorted(folder.glob(f"{OTHERS}/{task}.json"))]
             if len(paths) > 1:
                 each = [list(cells_of(p).values()) for p in paths]
-                for steps in _lengths([c for c in each[-1] if c["experiment"] == "methods"]):
+                for steps in _lengths(c for some in each for c in some):
                     here = [[c for c in some if c["steps"] == steps] for some in each]
-                    found[f"problems {task}, {steps} steps"] = problems(here)
+                    if sum(map(bool, here)) > 1:
+                        found[f"problems {task}, {steps} steps"] = problems([h for h in here if h])
     return found
 
 
