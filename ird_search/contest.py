@@ -2,7 +2,7 @@
 
 1. A probe of rates under one seed, on the samples that choose.
 2. The best rate and the next lower one again under another seed: the largest rate that one seed
-   bears is often one that another does not.
+   bears may be one that another does not.
 3. Fresh seeds at the better of the two, on samples that no choice has seen.
 """
 
