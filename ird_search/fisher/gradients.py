@@ -23,6 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ird_search.fisher.fused import fused_for
+
 CHUNK_BYTES = 64 * 2**20
 """On an accelerator, dense gradients are formed for as many samples at once as fit in this."""
 
@@ -260,7 +262,8 @@ class Outer(SampleGradients):
         self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
     ) -> Tensor:
         if self.left.shape[1] > 1:
-            return super().add_squares(sums, within, means=means)
+            found = self._fused(within, sums=sums, means=means)
+            return super().add_squares(sums, within, means=means) if found is None else found
         # With one token G² = g² ⊗ a², so the sum over samples is one matrix product.
         left, right = self.left[:, 0].float(), self.right[:, 0].float()
         sums.view(self._size).addmm_(left.square().mT, right.square())
@@ -272,11 +275,24 @@ class Outer(SampleGradients):
         """Over all entries also Σ_{t,u} ⟨g_t, g_u⟩⟨a_t, a_u⟩, the cheaper form for few tokens."""
         m, n = self._size
         tokens = self.left.shape[1]
-        if within is not None or tokens * (m + n) >= m * n:
-            return super().square_norms(within)
-        left, right = self.left.float(), self.right.float()
-        inner = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
-        return inner.sum((1, 2)).clamp_(min=0)
+        if within is None and tokens * (m + n) < m * n:
+            left, right = self.left.float(), self.right.float()
+            inner = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
+            return inner.sum((1, 2)).clamp_(min=0)
+        sampled = within is not None and within.count < SAMPLED * within.numel
+        found = None if sampled else self._fused(within)
+        return super().square_norms(within) if found is None else found
+
+    def _fused(
+        self, within: Columns | None, *, sums: Tensor | None = None, means: Tensor | None = None
+    ) -> Tensor | None:
+        """The sums by a kernel that forms no gradient in memory; None where there is none."""
+        if (fused := fused_for(self.left, self.right)) is None:
+            return None
+        scored = within is None or within.count > 0
+        weights = within.weights if within is not None and scored else None
+        factors = self.left, self.right
+        return fused(*factors, sums=sums, means=means, weights=weights, scored=scored)
 
     def select(self, rows: Tensor | slice) -> Outer:
         return Outer(self.left[rows], self.right[rows])

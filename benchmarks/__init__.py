@@ -1,0 +1,1 @@
+"""Speed, faults and comparisons: each a command that writes its figures."""

@@ -1,0 +1,84 @@
+"""`fused_for`: where the squares of a linear layer's gradients are summed by a kernel of our own.
+
+That is on CUDA with Triton, once the kernel agrees there with the plain product; everywhere else
+the product is formed in memory. With TRITON_INTERPRET=1 the kernel runs on the CPU, in Triton's
+interpreter: slow, and how it is tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+"""Largest relative error against the plain product, by what the factors are in."""
+
+Squares = Callable[..., Tensor]
+"""`kernel.add_squares`."""
+
+
+def fused_for(left: Tensor, right: Tensor) -> Squares | None:
+    """The kernel for these factors, or None where the plain product is to be taken.
+
+    Args:
+        left: [B, T, m].
+        right: [B, T, n].
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (left.is_cuda or interpreted) or not {left.dtype, right.dtype} <= TOLERANCE.keys():
+        return None
+    return _tried(left.device, left.dtype, right.dtype)
+
+
+@cache
+def _tried(device: torch.device, left: torch.dtype, right: torch.dtype) -> Squares | None:
+    """The kernel where it works on such factors."""
+    if importlib.util.find_spec("triton") is None:
+        log.info("Triton is not installed; gradients of linear layers are formed in memory.")
+        return None
+    try:
+        from ird_search.fisher.kernel import add_squares
+
+        error = _error(add_squares, device, left, right)
+    except Exception as problem:  # whatever a compiler or a driver raises
+        told = (str(problem).splitlines() or ["no message"])[0][:200]
+        log.warning("The fused kernel fails on %s: %s: %s", device, type(problem).__name__, told)
+        return None
+    if not error <= (allowed := max(TOLERANCE[left], TOLERANCE[right])):
+        log.warning(
+            "The fused kernel is off the product by %.1e on %s, more than %.0e; it is not used.",
+            error,
+            device,
+            allowed,
+        )
+        return None
+    log.info("The fused kernel is used on %s, error against the product %.1e.", device, error)
+    return add_squares
+
+
+def _error(add_squares: Squares, device: torch.device, *dtypes: torch.dtype) -> float:
+    """Largest relative error of the sums, their means and the row scores on a small case."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, 21, 70), (3, 21, 40))  # no multiple of a tile's sides
+    left, right = (
+        torch.randn(size, generator=generator).to(device, dtype)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    )
+    g = torch.bmm(left.double().mT, right.double()).flatten(1)
+    weights = (torch.rand(g.shape[1], generator=generator) < 0.3).float().to(device)
+    squares, means = torch.zeros(2, g.shape[1], device=device)
+    scores = add_squares(left, right, sums=squares, means=means, weights=weights)
+    pairs = (
+        (squares, g.square().sum(0)),
+        (means, g.sum(0)),
+        (scores, (g.square() * weights).sum(1)),
+    )
+    return max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
