@@ -184,8 +184,8 @@ def test_moments_equal_the_reference_on_every_tier(case: Case) -> None:
     for density in (None, 0.02, 0.5):
         for m in (computed, kept, tiled):
             check_moments(m, g, density)
-        assert computed._tile is None and kept._tile is None
-        assert (tiled._tile is None) == (density is None)
+        assert computed._passes.tile is None and kept._passes.tile is None
+        assert (tiled._passes.tile is None) == (density is None)
     assert kept.passes == pytest.approx(1)
 
 
@@ -202,10 +202,10 @@ def test_a_tile_is_squared_before_it_is_summed() -> None:
     m = matrix_of(p, cache_bytes=HUGE)
     wide = some_columns(p.space.numel, 0.9)
     m.row_scores(torch.arange(6), wide)
-    assert m._tile is not None and m._tile.values is not None
+    assert m._passes.tile is not None and m._passes.tile.values is not None
     rows = torch.tensor([5, 1, 2])
     for columns in (wide, wide[::3].contiguous(), wide[7:1000], wide[:1]):
-        tile = m._tile.values[rows][:, torch.isin(wide, columns)]
+        tile = m._passes.tile.values[rows][:, torch.isin(wide, columns)]
         squares = [one.square() for one in tile]
         sums = torch.stack([one.sum(dtype=torch.float64) for one in squares])
         assert torch.equal(m.row_scores(rows, columns), sums)
@@ -345,7 +345,7 @@ def test_rows_and_columns_have_one_total(case: Case) -> None:
 def bytes_of_all_factors(p: Problem) -> int:
     m = matrix_of(p, cache_bytes=HUGE, tokens=16)
     m.marginals()
-    return sum(m._bytes.values())
+    return sum(m._passes._bytes.values())
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 100])
@@ -386,8 +386,8 @@ def test_kept_rows_need_no_second_pass_and_the_others_do() -> None:
 
 def test_factors_that_are_not_kept_are_freed_before_the_next_batch() -> None:
     p = named("bert-sdpa")
-    m, rows = matrix_of(p, tokens=16), torch.arange(6)
-    stream = (part for batch in m._plan(rows) for part in m._gradients(batch, rows))
+    over, rows = matrix_of(p, tokens=16)._passes, torch.arange(6)
+    stream = (part for batch in over.plan(rows) for part in over.gradients(batch, rows))
     _, tensors = next(stream)  # a consumer's loop variable, held while the next batch runs
     factors = [weakref.ref(t) for g in tensors.values() for t in g.storages]
     next(stream)
@@ -401,7 +401,7 @@ def test_a_tile_answers_for_its_parts() -> None:
     wide = some_columns(p.space.numel, 0.5)
     m.row_scores(torch.arange(6), wide)
     passes = m.passes
-    m._kept.clear()  # what follows must come from the tile
+    m._passes._kept.clear()  # what follows must come from the tile
     rows, narrow = torch.tensor([5, 1]), wide[::7].contiguous()
     assert relative_error(m.column_scores(rows, narrow), f[rows][:, narrow].mean(0)) <= CLOSE
     assert relative_error(m.row_scores(rows, narrow), f[rows][:, narrow].sum(1)) <= CLOSE

@@ -485,10 +485,12 @@ class Faulty:
         return self.engine.gradients(batch)
 
 
-def faulty(p: Problem, rule: LabelRule, record: PassRecord | None, **faults: int) -> FisherMatrix:
+def faulty(
+    p: Problem, rule: LabelRule, record: PassRecord | None, *, tokens: int = 16, **faults: int
+) -> FisherMatrix:
     example = rule.example(p.samples, torch.arange(3), CPU)
     engine = Faulty(make_engine(p.model, rule.likelihood, p.space, example=example), **faults)
-    settings: dict[str, Any] = {"tokens": 16, "cache_bytes": 0, "record": record}
+    settings: dict[str, Any] = {"tokens": tokens, "cache_bytes": 0, "record": record}
     return FisherMatrix(engine, p.samples, p.space, labels=rule, **settings)
 
 
@@ -515,8 +517,7 @@ def test_a_pass_over_terms_goes_on_bit_for_bit(stop: int, tmp_path: Path) -> Non
 def test_memory_that_runs_out_counts_no_term_twice(most: int) -> None:
     p = named("mlp")
     rule = LabelRule(p.task, "expected")
-    m = faulty(p, rule, None, most=most)
-    m.tokens = 10_000
+    m = faulty(p, rule, None, tokens=10_000, most=most)
     found = m.marginals()
     assert relative_error(found.columns, by_row(p, over_classes).mean(0)) <= CLOSE
 

@@ -123,7 +123,7 @@ for i in range(int(sys.argv[1])):
         full = isinstance(problem, ResourceError) or out_of_memory(problem)
         said = "75" if full else f"{type(problem).__name__}: {problem}"
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-    print(json.dumps([4 + 3 * i, said, m._most]), flush=True)
+    print(json.dumps([4 + 3 * i, said, m._passes.most]), flush=True)
 """
 
 

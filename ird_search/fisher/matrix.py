@@ -18,33 +18,25 @@ and, where a column's sign counts, through the mean gradient beside it, from the
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ird_search.coordinates import digest
-from ird_search.devices import release_memory
-from ird_search.errors import ResourceError, UsageError, out_of_memory
-from ird_search.fisher.engine import Contribution, Engine
-from ird_search.fisher.gradients import SAMPLED, Columns, SampleGradients
+from ird_search.errors import UsageError
+from ird_search.fisher.engine import Engine
+from ird_search.fisher.gradients import SAMPLED, Columns
 from ird_search.fisher.labels import LabelRule
+from ird_search.fisher.passes import Gradients, Passes
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.tile import Tile
 from ird_search.ledger import Ledger
 from ird_search.parameters import ParameterSpace
-from ird_search.samples import EXCLUDED_SHARE, SampleSet, require_few
-
-log = logging.getLogger(__name__)
+from ird_search.samples import EXCLUDED_SHARE, SampleSet
 
 LEAST_TILE = 256 * 2**20
 """Bytes of a tile that is held for a moment, however small the cache is."""
-
-_Factors = list[tuple[Tensor, dict[str, SampleGradients]]]
-"""Of one batch: (finite rows, gradients by name)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,62 +97,59 @@ class FisherMatrix:
         labels: LabelRule | None = None,
     ) -> None:
         self.engine, self.samples, self.space = engine, samples, space
-        self.tokens, self.cache_bytes, self.device = tokens, cache_bytes, torch.device(device)
-        self.excluded_share, self.fallback, self.labels = excluded_share, fallback, labels
-        self.record = record or PassRecord(Ledger(), {})
-        self.excluded: set[int] = set()
-        """Positions of samples whose log-likelihood or gradient is not finite."""
-        self.passes = 0.0
-        """Forward and backward passes over the whole sample set that were needed so far."""
-        self._silent: tuple[str, ...] | None = None
-        self._settled = False
-        self._kept: dict[tuple[int, ...], _Factors | None] = {}
-        self._bytes: dict[tuple[int, ...], int] = {}
-        self._has_room = True
-        self._tile: Tile | None = None
-        self._engine: Engine = engine
-        self._most: int | None = None
+        self.cache_bytes, self.device = cache_bytes, torch.device(device)
+        self.labels, self.record = labels, record or PassRecord(Ledger(), {})
+        self._passes = Passes(
+            engine,
+            samples,
+            self.device,
+            tokens=tokens,
+            cache_bytes=cache_bytes,
+            excluded_share=excluded_share,
+            fallback=fallback,
+            record=self.record,
+            labels=labels,
+        )
 
     @property
-    def silent(self) -> tuple[str, ...]:
-        """Tensors that no gradient reached in the first pass over all parameters: all zero."""
-        return self._silent or ()
+    def passes(self) -> float:
+        """Forward and backward passes over the whole sample set that were needed so far."""
+        return self._passes.count
+
+    @property
+    def excluded(self) -> set[int]:
+        """Positions of samples whose log-likelihood or gradient is not finite."""
+        return self._passes.excluded
 
     @property
     def memory(self) -> Memory:
         """What the next answers depend on besides the question."""
-        tile = None if self._tile is None else (self._tile.rows, self._tile.columns)
-        excluded = tuple(sorted(self.excluded))
-        kept = tuple((rows, self._bytes[rows]) for rows in self._kept)
-        return Memory(excluded, kept, self._settled, self._silent, tile)
+        return self._passes.memory
 
     def remember(self, memory: Memory) -> None:
         """Go on as a matrix with this memory would."""
-        self.excluded = set(memory.excluded)
-        self._settled, self._silent = memory.settled, memory.silent
-        self._kept = {rows: self._kept.get(rows) for rows, _ in memory.kept}
-        self._bytes = dict(memory.kept)
-        if memory.tile is None or self._tile is None or not self._tile.equals(*memory.tile):
-            self._tile = None if memory.tile is None else Tile(*memory.tile)
+        self._passes.remember(memory)
 
     def on(self, samples: SampleSet) -> FisherMatrix:
         """The matrix of the same model on a few other samples.
 
         Nothing is kept for later passes, and any number of samples may be excluded.
         """
+        here = self._passes
         there = FisherMatrix(
             self.engine,
             samples,
             self.space,
-            tokens=self.tokens,
+            tokens=here.tokens,
             cache_bytes=0,
             excluded_share=1.0,
             device=self.device,
-            fallback=self.fallback,
+            fallback=here.fallback,
             record=self.record,
             labels=self.labels,
         )
-        there._engine, there._most = self._engine, self._most  # where memory ran out before
+        # where memory ran out before
+        there._passes.engine, there._passes.most = here.engine, here.most
         return there
 
     def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:
@@ -188,14 +177,14 @@ class FisherMatrix:
             return self._marked(scores)[rows]
         masks = self._columns(columns)
 
-        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
+        def add(chosen: Tensor, tensors: Gradients) -> None:
             parts = [
                 tensors[n].square_norms(None if masks is None else masks[n])
                 for n in (tensors if masks is None else masks)
             ]
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
 
-        self._pass("row scores", rows, columns, {"rows": scores}, add)
+        self._passes.run("row scores", rows, columns, {"rows": scores}, add)
         return self._marked(scores)[rows]
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -279,7 +268,7 @@ class FisherMatrix:
         masks = self._columns(within)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
 
-        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
+        def add(chosen: Tensor, tensors: Gradients) -> None:
             parts = []
             for name, gradients in tensors.items():
                 mask = None if masks is None else masks.get(name, self._nothing(name))
@@ -288,11 +277,12 @@ class FisherMatrix:
 
         sums = {"columns": squares, "rows": scores}
         if means is None:
-            self._pass("marginals", rows, within, sums, add)
+            self._passes.run("marginals", rows, within, sums, add)
         else:
-            self._pass("marginals and means", rows, within, {**sums, "means": means}, add)
-        if self._silent is None:
-            self._silent = tuple(name for name in self.space.names if not bool(flat[name].any()))
+            self._passes.run("marginals and means", rows, within, {**sums, "means": means}, add)
+        if self._passes.silent is None:
+            silent = (name for name in self.space.names if not bool(flat[name].any()))
+            self._passes.silent = tuple(silent)
         return scores, squares, means
 
     def _some(self, rows: Tensor, columns: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | None]:
@@ -305,7 +295,7 @@ class FisherMatrix:
         }
         means = {n: torch.zeros_like(t) for n, t in squares.items()} if mean else {}
 
-        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
+        def add(chosen: Tensor, tensors: Gradients) -> None:
             for name, mask in masks.items():
                 gradients, signed = tensors[name], means.get(name)
                 if name in whole:
@@ -322,7 +312,7 @@ class FisherMatrix:
 
         name = "column moments" if mean else "column scores"
         sums = squares | {f"mean of {n}": t for n, t in means.items()}
-        self._pass(name, rows, columns, sums, add)
+        self._passes.run(name, rows, columns, sums, add)
         return joined(squares), joined(means) if mean else None
 
     def _columns(self, coords: Tensor | None) -> dict[str, Columns] | None:
@@ -349,15 +339,16 @@ class FisherMatrix:
 
     def _restricted(self, rows: Tensor, columns: Tensor) -> Tile | None:
         """A tile that holds these rows and columns where it fits into memory, else None."""
-        if self._tile is not None and self._tile.covers(rows, columns):
-            if self._tile.values is None:
-                self._tile = self._filled(self._tile.rows, self._tile.columns)
-            return self._tile
+        over = self._passes
+        if over.tile is not None and over.tile.covers(rows, columns):
+            if over.tile.values is None:
+                over.tile = self._filled(over.tile.rows, over.tile.columns)
+            return over.tile
         if rows.numel() * columns.numel() * 4 > self.cache_bytes:
             return None
-        self._tile = None  # two tiles would take twice the memory
-        self._tile = self._filled(rows, columns)
-        return self._tile
+        over.tile = None  # two tiles would take twice the memory
+        over.tile = self._filled(rows, columns)
+        return over.tile
 
     def _filled(self, rows: Tensor, columns: Tensor) -> Tile:
         values = torch.zeros(rows.numel(), columns.numel())
@@ -367,134 +358,14 @@ class FisherMatrix:
         spans = {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(self.space.names)}
         masks = self._columns(columns) or {}
 
-        def add(chosen: Tensor, tensors: dict[str, SampleGradients]) -> None:
+        def add(chosen: Tensor, tensors: Gradients) -> None:
             for name, mask in masks.items():
                 for part, gradients in tensors[name].parts(mask.count):
                     found = gradients.entries(mask)
                     values[place[chosen[part]], spans[name]] = found.cpu()
 
-        self._pass("gradients", rows, columns, {"values": values}, add)
+        self._passes.run("gradients", rows, columns, {"values": values}, add)
         return Tile(rows, columns, values)
-
-    def _pass(
-        self,
-        name: str,
-        rows: Tensor,
-        columns: Tensor | None,
-        sums: dict[str, Tensor],
-        add: Callable[[Tensor, dict[str, SampleGradients]], None],
-    ) -> None:
-        """Call `add` so that it sees each finite row of `rows` once, in a fixed order.
-
-        A long pass writes its sums down from time to time; an interrupted one goes on from them.
-        Where memory runs out within `add`, the sums are of no use, and the pass begins again at
-        what was written, with smaller batches.
-        """
-        plan = self._plan(rows)
-        inputs = {"pass": name, "columns": digest(columns)} | {
-            "samples": digest(self.samples.ids),
-            "rows": digest(rows),
-            "plan": [digest(batch) for batch in plan],
-        }
-        while True:
-            done = self._resume(inputs, len(plan), sums)
-            try:
-                for n in range(done, len(plan)):
-                    for chosen, tensors in self._gradients(plan[n], rows):
-                        add(chosen, tensors)
-                    if self.record.due:
-                        self.record.put(inputs, n + 1, sums, self.memory)
-                self._settled = True
-                return
-            except (MemoryError, RuntimeError) as problem:
-                if not out_of_memory(problem):
-                    raise
-                self._smaller(self._most or max(part.numel() for part in plan), str(problem))
-
-    def _resume(self, inputs: dict[str, Any], portions: int, sums: dict[str, Tensor]) -> int:
-        """How many portions are in the sums, which are put to what they were then, or to zero."""
-        found = self.record.latest(inputs, portions, sums)
-        if found is None:
-            for tensor in sums.values():
-                tensor.zero_()
-            return 0
-        done, memory = found
-        self.remember(memory)
-        return done
-
-    def _plan(self, rows: Tensor) -> list[Tensor]:
-        """The batches of a pass: those whose factors are kept, then the missing rows by length."""
-        missing = torch.zeros(len(self.samples), dtype=torch.bool)
-        missing[rows] = True
-        missing[list(self.excluded)] = False
-        plan = []
-        for kept in map(torch.tensor, self._kept):
-            if bool(missing[kept].any()):
-                plan.append(kept)
-                missing[kept] = False
-        return plan + self.samples.length_split(missing.nonzero().flatten(), tokens=self.tokens)
-
-    def _gradients(
-        self, batch: Tensor, rows: Tensor
-    ) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
-        """(positions, gradients by name) of the finite rows of a batch that are in `rows`.
-
-        A batch is computed whole, even if few of its rows are wanted and its factors are lost: the
-        last bits of a gradient depend on the batch that it is computed in.
-        """
-        wanted = torch.zeros(len(self.samples), dtype=torch.bool)
-        wanted[rows] = True
-        for have, tensors in self._kept.get(tuple(batch.tolist())) or self._computed(batch):
-            chosen = wanted[have]
-            if chosen.all():
-                yield have, tensors
-            elif chosen.any():
-                at = chosen.nonzero().flatten().to(self.device)
-                yield have[chosen], {n: g.select(at) for n, g in tensors.items()}
-
-    def _computed(self, batch: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
-        """The finite rows of a batch, through the model. Its factors are kept if all fit."""
-        name, parts, held = tuple(batch.tolist()), [], dict[int, int]()
-        known, others = name in self._kept, sum(self._bytes.values())
-        keep = self._has_room and (known or not self._settled)
-        for have, tensors in self._through_model(batch):
-            storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
-            held |= {s.data_ptr(): s.nbytes() for s in storages}  # what is shared counts once
-            keep = keep and (known or others + sum(held.values()) <= self.cache_bytes)
-            keep = keep and self._has_room  # memory may have run out meanwhile
-            if keep:
-                parts.append((have, tensors))
-            if have.numel():
-                yield have, tensors
-            if not keep:  # whoever still holds the dictionary must not hold the factors
-                parts.clear()
-                tensors.clear()
-        if keep and parts:
-            self._kept[name] = parts
-            self._bytes.setdefault(name, sum(held.values()))
-
-    def _through_model(self, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, SampleGradients]]]:
-        """(finite rows, gradients by name) of some rows; in halves where memory runs out."""
-        while rows.numel():
-            batch, done, reason = rows[: self._most], 0, ""
-            try:
-                for c in self._contributions(batch):
-                    have, good, tensors = batch[c.part], c.finite.cpu(), c.tensors
-                    self._exclude(have[~good])
-                    if not good.all():
-                        at = good.nonzero().flatten().to(self.device)
-                        have, tensors = have[good], {n: g.select(at) for n, g in tensors.items()}
-                    yield have, tensors
-                    done = c.part.stop
-                    del c
-            except (MemoryError, RuntimeError) as problem:
-                if not out_of_memory(problem):
-                    raise
-                reason = str(problem)
-            if reason or done < batch.numel():
-                self._smaller(batch.numel() - done, reason)
-            self.passes += done / len(self.samples)
-            rows = rows[done:]
 
     def _require_signed(self, mean: bool) -> None:
         if mean and self.labels is not None and not self.labels.signed:
@@ -502,38 +373,6 @@ class FisherMatrix:
                 f"The mean gradient is not there with {self.labels.labels} labels by the "
                 f"{self.labels.unit}; ask for the mean square alone (mean=False)."
             )
-
-    def _contributions(self, rows: Tensor) -> Iterator[Contribution]:
-        if self.labels is None:
-            return self._engine.gradients(self.samples.batch(rows, self.device))
-        return self.labels.gradients(self._engine, self.samples, rows, self.device)
-
-    def _smaller(self, rows: int, reason: str) -> None:
-        """Keep nothing; then take half as many rows at a time; then one, by the loop; give up."""
-        held, tile = any(self._kept.values()), self._tile
-        if tile is not None and tile.values is not None:
-            held, self._tile = True, Tile(tile.rows, tile.columns)
-        self._kept, self._has_room = dict.fromkeys(self._kept), False
-        release_memory()
-        if held:
-            log.warning("Out of memory: the Fisher pass keeps no factors any more.")
-        elif rows > 1:
-            self._most = rows // 2
-            log.warning("Out of memory: batches of the Fisher pass are of %d rows.", self._most)
-        elif self.fallback is not None and self._engine is not self.fallback:
-            self._engine = self.fallback
-            log.warning("Out of memory: the Fisher pass goes on one sample at a time.")
-        else:
-            raise ResourceError(
-                f"Out of memory in the Fisher pass, with one sample at a time: {reason[:200]!r}. "
-                "Lower cache_mb (--cache-mb) or max_length (--max-length), or leave tensors out "
-                "with include and exclude."
-            )
-
-    def _exclude(self, rows: Tensor) -> None:
-        self.excluded |= set(rows.tolist())
-        ids = self.samples.ids[sorted(self.excluded)].tolist()
-        require_few(ids, len(self.samples), share=self.excluded_share)
 
     def _marked(self, scores: Tensor) -> Tensor:
         """The scores of all samples, −∞ at the excluded ones."""
