@@ -28,8 +28,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.record import RESULTS, write_result
 from ird_search.fisher import FisherMatrix, gradients
+from ird_search.fisher.columns import Columns
 from ird_search.fisher.fused import fused_for
-from ird_search.fisher.gradients import Columns, Outer, SampleGradients
+from ird_search.fisher.gradients import Outer, SampleGradients
 from ird_search.fisher.kernel import Tiling, add_squares
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.taps import Taps

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from benchmarks import bench_kernel
 from ird_search.fisher import FisherMatrix, fused, kernel, make_engine
-from ird_search.fisher.gradients import Columns, Outer, SampleGradients, Terms
+from ird_search.fisher.columns import Columns
+from ird_search.fisher.combined import Terms
+from ird_search.fisher.gradients import Outer, SampleGradients
 from ird_search.fisher.kernel import Tiling, add_squares
 from tests.cases import CASES, Case, made
 from tests.reference import fisher, relative_error

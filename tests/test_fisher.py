@@ -26,7 +26,9 @@ from ird_search.fisher import (
     register_rule,
     rules,
 )
-from ird_search.fisher.gradients import Added, Columns, Dense, Lookup, Outer, SampleGradients, added
+from ird_search.fisher.columns import Columns
+from ird_search.fisher.combined import Added, added
+from ird_search.fisher.gradients import Dense, Lookup, Outer, SampleGradients
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.taps import Taps
 from ird_search.fisher.vmap import VMap

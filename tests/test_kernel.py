@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ird_search.fisher import fused
-from ird_search.fisher.gradients import Columns, Outer, SampleGradients
+from ird_search.fisher.columns import Columns
+from ird_search.fisher.gradients import Outer, SampleGradients
 from tests.reference import relative_error
 
 ROOT = Path(__file__).parents[1]

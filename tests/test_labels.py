@@ -14,7 +14,9 @@ from ird_search.api import fisher_scores, search_mask
 from ird_search.config import SearchConfig
 from ird_search.errors import UsageError
 from ird_search.fisher import Contribution, Engine, FisherMatrix, LabelRule, PassRecord, make_engine
-from ird_search.fisher.gradients import Columns, Dense, Outer, Terms, squared_together
+from ird_search.fisher.columns import Columns
+from ird_search.fisher.combined import Terms, squared_together
+from ird_search.fisher.gradients import Dense, Outer
 from ird_search.fisher.labels import Drawn, Weighted
 from ird_search.ledger import Ledger
 from ird_search.opening import open_fisher

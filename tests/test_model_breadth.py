@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks import bench_models
 from ird_search import fisher_scores
 from ird_search.fisher import Engine, FallbackWarning, FisherMatrix, make_engine
-from ird_search.fisher.gradients import Columns, Routed
+from ird_search.fisher.columns import Columns
+from ird_search.fisher.gradients import Routed
 from ird_search.fisher.taps import Taps
 from tests.cases import Case, Problem, made
 from tests.models import MODELS

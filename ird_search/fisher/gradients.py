@@ -14,15 +14,14 @@ G is squared per sample, then summed; the square of a batch's summed gradient is
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ird_search.fisher.columns import Columns, row_dots
 from ird_search.fisher.fused import fused_for
 
 CHUNK_BYTES = 64 * 2**20
@@ -30,61 +29,6 @@ CHUNK_BYTES = 64 * 2**20
 
 SAMPLED = 1 / 8
 """Below this density, single entries are cheaper than the whole product (measured on a CPU)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """A choice of entries of one tensor, in the forms that sums over it need.
-
-    Args:
-        index: strictly increasing entries, int64 [k].
-        numel: P_l, the number of entries of the tensor.
-    """
-
-    index: Tensor
-    numel: int
-
-    @property
-    def count(self) -> int:
-        """k."""
-        return self.index.numel()
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """1 at the chosen entries, else 0, float32: [P_l]."""
-        return torch.zeros(self.numel, device=self.index.device).index_fill_(0, self.index, 1.0)
-
-    @cached_property
-    def _patterns(self) -> dict[int, Tensor]:
-        return {}
-
-    def pattern(self, width: int) -> Tensor:
-        """The entries as a sparse matrix of zeros, CSR: [P_l / width, width]."""
-        if width not in self._patterns:
-            height = self.numel // width
-            edges = torch.arange(height + 1, device=self.index.device) * width
-            with warnings.catch_warnings():
-                # "Sparse CSR tensor support is in beta state": only its pattern is used here.
-                warnings.simplefilter("ignore", UserWarning)
-                self._patterns[width] = torch.sparse_csr_tensor(
-                    torch.searchsorted(self.index, edges),
-                    self.index % width,
-                    torch.zeros(self.count, device=self.index.device),
-                    (height, width),
-                )
-        return self._patterns[width]
-
-    def take(self, gradients: Tensor) -> Tensor:
-        """The chosen entries, a view where all are: [..., P_l] → [..., k]."""
-        return gradients if self.count == self.numel else gradients.index_select(-1, self.index)
-
-    def sum_squares(self, gradients: Tensor) -> Tensor:
-        """Σ over the chosen entries of gradients²: [b, P_l] → [b]."""
-        # Gathering costs about sixteen times as much an entry as reading along.
-        if self.count < self.numel < 16 * self.count:
-            return _row_dots(gradients * self.weights, gradients)
-        chosen = self.take(gradients)
-        return _row_dots(chosen, chosen)
 
 
 class SampleGradients(ABC):
@@ -146,7 +90,7 @@ class SampleGradients(ABC):
             if means is not None:
                 means += flat[0] if flat.shape[0] == 1 else flat.sum(0)
             if within is None:
-                scores[part] = _row_dots(flat, flat)
+                scores[part] = row_dots(flat, flat)
             elif within.count:
                 scores[part] = within.sum_squares(flat)
         return scores
@@ -158,7 +102,7 @@ class SampleGradients(ABC):
         elif within is not None:
             found = [within.sum_squares(flat) for _, flat in self.formed()]
         else:
-            found = [_row_dots(flat, flat) for _, flat in self.formed()]
+            found = [row_dots(flat, flat) for _, flat in self.formed()]
         return torch.cat(found)
 
 
@@ -429,130 +373,6 @@ class Routed(SampleGradients):
     @property
     def storages(self) -> tuple[Tensor, ...]:
         return (self.ids, self.left, self.right)
-
-
-@dataclass(frozen=True, eq=False)
-class Added(SampleGradients):
-    """G = Σ_u G_u, one tensor used in unlike ways: an embedding tied to the output layer.
-
-    The uses are added sample by sample, before any square.
-    """
-
-    uses: tuple[SampleGradients, ...]
-
-    @property
-    def batch(self) -> int:
-        return self.uses[0].batch
-
-    @property
-    def numel(self) -> int:
-        return self.uses[0].numel
-
-    def dense(self) -> Tensor:
-        first, *rest = self.uses
-        total = first.dense()
-        for use in rest:
-            total = total + use.dense()
-        return total
-
-    def entries(self, columns: Columns) -> Tensor:
-        return torch.stack([use.entries(columns) for use in self.uses]).sum(0)
-
-    def select(self, rows: Tensor | slice) -> Added:
-        return Added(tuple(use.select(rows) for use in self.uses))
-
-    @property
-    def storages(self) -> tuple[Tensor, ...]:
-        return tuple(t for use in self.uses for t in use.storages)
-
-
-def added(uses: list[SampleGradients]) -> SampleGradients:
-    """The gradients of a tensor that is used more than once: Σ of the uses, before any square.
-
-    Uses of one weight matrix join along the token axis, Σ_u g_uᵀ a_u = [g₁; g₂]ᵀ [a₁; a₂].
-    """
-    if len(uses) == 1:
-        return uses[0]
-    outers = [u for u in uses if isinstance(u, Outer)]
-    if len(outers) == len(uses):
-        return Outer(
-            torch.cat([u.left for u in outers], 1), torch.cat([u.right for u in outers], 1)
-        )
-    lookups = [u for u in uses if isinstance(u, Lookup)]
-    if len(lookups) == len(uses):
-        return Lookup(
-            torch.cat([u.ids for u in lookups], 1),
-            torch.cat([u.left for u in lookups], 1),
-            lookups[0].rows,
-        )
-    return Added(tuple(uses))
-
-
-@dataclass(frozen=True, eq=False)
-class Terms(SampleGradients):
-    """Several gradients a sample, whose *squares* add up: F[b] = Σ_v G_v[b]².
-
-    One for each label that a sample may have, or for each of its tokens. It stands for the root
-    √F[b], which has no sign: its square is what is asked for everywhere, and its sum is nothing.
-    """
-
-    terms: tuple[SampleGradients, ...]
-
-    @property
-    def batch(self) -> int:
-        return self.terms[0].batch
-
-    @property
-    def numel(self) -> int:
-        return self.terms[0].numel
-
-    def dense(self) -> Tensor:
-        return self._root(term.dense() for term in self.terms)
-
-    def entries(self, columns: Columns) -> Tensor:
-        return self._root(term.entries(columns) for term in self.terms)
-
-    @staticmethod
-    def _root(found: Iterator[Tensor]) -> Tensor:
-        total = next(found).square()
-        for one in found:
-            total.addcmul_(one, one)
-        return total.sqrt_()
-
-    def add_squares(
-        self, sums: Tensor, within: Columns | None = None, *, means: Tensor | None = None
-    ) -> Tensor:
-        """As everywhere, term by term.
-
-        Raises:
-            ValueError: the mean is wanted as well.
-        """
-        if means is not None:
-            raise ValueError("Squares of several gradients have no mean gradient.")
-        return torch.stack([term.add_squares(sums, within) for term in self.terms]).sum(0)
-
-    def square_norms(self, within: Columns | None = None) -> Tensor:
-        return torch.stack([term.square_norms(within) for term in self.terms]).sum(0)
-
-    def select(self, rows: Tensor | slice) -> Terms:
-        return Terms(tuple(term.select(rows) for term in self.terms))
-
-    @property
-    def storages(self) -> tuple[Tensor, ...]:
-        return tuple(t for term in self.terms for t in term.storages)
-
-
-def squared_together(held: SampleGradients, more: SampleGradients) -> SampleGradients:
-    """`held` with one more term: as terms while their factors are smaller than the root."""
-    terms = (*held.terms, more) if isinstance(held, Terms) else (held, more)
-    both = Terms(terms)
-    size = sum(t.numel() * t.element_size() for t in both.storages)
-    return both if size <= 4 * both.batch * both.numel else Dense(both.dense())
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_j a[b, j] · b[b, j]: [b, n] × [b, n] → [b]."""
-    return torch.linalg.vecdot(a, b) if a.shape[0] > 1 else torch.dot(a[0], b[0])[None]
 
 
 def _hits(row: Tensor, width: int, columns: Columns) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ird_search.config import FisherLabels, FisherUnit, SearchConfig
 from ird_search.errors import UsageError
+from ird_search.fisher.combined import squared_together
 from ird_search.fisher.engine import Contribution, Engine
-from ird_search.fisher.gradients import squared_together
 from ird_search.samples import Batch, SampleSet
 from ird_search.seeds import derive
 from ird_search.task import IGNORED, CausalLM, Classification, Task

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ird_search.errors import UsageError
+from ird_search.fisher.columns import Columns
 from ird_search.fisher.engine import Engine
-from ird_search.fisher.gradients import SAMPLED, Columns
+from ird_search.fisher.gradients import SAMPLED
 from ird_search.fisher.labels import LabelRule
 from ird_search.fisher.passes import Gradients, Passes
 from ird_search.fisher.record import Memory, PassRecord

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
+from ird_search.fisher.combined import added
 from ird_search.fisher.engine import Contribution, all_finite
-from ird_search.fisher.gradients import SampleGradients, added
+from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.rules import Rule, general, rule_for
 from ird_search.samples import Batch
 from ird_search.task import Inputs, Task, logits_of
