@@ -25,7 +25,9 @@ Control = Literal["random", "fish", "reversed", "magnitude", "shuffle", "lora", 
 Method = Literal["auto", "taps", "vmap", "loop"]
 Score = Literal["loss", "auc"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-TaskName = Literal["auto", "classification", "regression", "causal-lm", "image-classification"]
+TaskName = Literal[
+    "auto", "classification", "regression", "causal-lm", "seq2seq", "image-classification"
+]
 
 
 POOL = 512
@@ -253,7 +255,9 @@ class DataConfig:
     """How rows are read. What is left out is inferred from the columns and the model."""
 
     task: TaskName = setting("auto", "what is learnt; by default told from model and data")
-    text_columns: tuple[str, ...] = setting((), "text column; twice for a pair of texts")
+    text_columns: tuple[str, ...] = setting(
+        (), "text column; twice for a pair of texts, or for a source and its target"
+    )
     label_column: str | None = setting(None, "label column")
     split: str | None = setting(None, "split to learn from, where the data has several")
     limit: int | None = setting(None, "use the first so many rows", low=1)

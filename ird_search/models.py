@@ -9,35 +9,43 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
 )
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import random_state_kept, unwrapped
 from ird_search.data.sources import Source
+from ird_search.data.targets import Decoder, shifted_right
 from ird_search.data.values import told
 from ird_search.errors import ModelError, UsageError, nearest, out_of_memory
+from ird_search.task import IGNORED
 
 LOADERS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "image-classification": AutoModelForImageClassification,
 }
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +105,7 @@ def load_model(
 
     Args:
         model: a module, used as it is; a directory; or a hub id.
-        task: classification, regression, causal-lm or image-classification.
+        task: classification, regression, causal-lm, seq2seq or image-classification.
         num_labels: classes of the data. A checkpoint whose own trained head has as many or more
             keeps it; otherwise a head of this size is drawn.
         seed: what a fresh head is drawn from. The caller's random state is left untouched.
@@ -152,7 +160,44 @@ def infer_task(model: nn.Module | str | Path, source: Source) -> str:
         return "regression" if one or problem == "regression" else "classification"
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
-    return source.kind
+    return "seq2seq" if _is_seq2seq(base) else source.kind
+
+
+def writes_targets(
+    model: nn.Module | str | Path, task: str, *, revision: str | None = None
+) -> bool | None:
+    """Whether a model reads one text and writes another; `None`: where the data say no other.
+
+    A module's class says it, and so does a task that is not `auto`. A checkpoint of an
+    encoder-decoder may also become a classifier, unless it is one.
+    """
+    if task != "auto":
+        return task == "seq2seq"
+    if isinstance(model, nn.Module):
+        return _is_seq2seq(unwrapped(model))
+    where = {} if revision is None else {"revision": revision}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(_place(model), trust_remote_code=False, **where)
+    except (ModelError, *LOAD_ERRORS):
+        return False  # told when it is loaded
+    pretrained = not any("Classification" in str(a) for a in config.architectures or ())
+    return None if pretrained and _seq2seq_loader(config) is not None else False
+
+
+def _is_seq2seq(base: Any) -> bool:
+    """Whether a module is an encoder-decoder with a head over the vocabulary."""
+    reads = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return bool(reads) and hasattr(base, "can_generate") and bool(base.can_generate())
+
+
+def _seq2seq_loader(config: Any) -> Any:
+    """Who loads the encoder-decoder of this config; `None` where it is none."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForSpeechSeq2Seq if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else None
 
 
 def num_labels_of(model: nn.Module | str | Path, source: Source) -> int | None:
@@ -198,7 +243,8 @@ def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
         return None, None
     table = _input_table(base)
     vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_encoder_position_embeddings", None)
+    positions = positions or getattr(config, "max_position_embeddings", None)
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from padding_idx + 1, so its table is that much longer
@@ -208,6 +254,49 @@ def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
     if relative and not getattr(config, "position_biased_input", True):
         positions = None
     return (positions if positions and positions > 0 else None), vocabulary
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """What an encoder-decoder's decoder takes; as much of it as the model says.
+
+    What it reads of labels is made by the model's own method, as for its own loss (MBart moves
+    the last token to the front), or by `config.decoder_start_token_id` where it has none.
+    """
+    base: Any = unwrapped(model)
+    config = getattr(base, "config", None)
+    limits = (
+        getattr(config, "max_target_positions", None),
+        getattr(config, "max_decoder_position_embeddings", None),
+        getattr(getattr(config, "decoder", None), "max_position_embeddings", None),
+        limits_of(model)[0],
+    )
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return Decoder(
+        shifted=_shifted_of(base),
+        max_positions=next((n for n in limits if n is not None), None),
+        vocab_size=None if weight is None else len(weight),
+    )
+
+
+def _shifted_of(base: Any) -> Callable[[Tensor], Tensor] | None:
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+
+        def shifted(labels: Tensor) -> Tensor:
+            found: Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels[None])[0]
+            return found
+
+    else:
+        config = getattr(base, "config", None)
+        start, pad = (getattr(config, f"{n}_token_id", None) for n in ("decoder_start", "pad"))
+        if start is None or pad is None:
+            return None
+        shifted = partial(shifted_right, start=start, pad=pad)
+    try:
+        shifted(torch.tensor([0, 1, IGNORED]))
+    except (ValueError, TypeError, RuntimeError):  # a token that its config lacks
+        return None
+    return shifted
 
 
 def segments_of(model: nn.Module) -> int | None:
@@ -274,7 +363,8 @@ def _load(
         del where["revision"]
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        model, report = LOADERS[task].from_pretrained(
+        loader = (task == "seq2seq" and _seq2seq_loader(config)) or LOADERS[task]
+        model, report = loader.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
@@ -301,7 +391,7 @@ def _load(
 
 
 def _head_settings(config: Any, task: str, num_labels: int | None) -> dict[str, Any]:
-    if task == "causal-lm":
+    if task in ("causal-lm", "seq2seq"):
         return {}
     if task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from ird_search.errors import ModelError, UsageError, nearest
 
+LANGUAGE_MODELS = "LMHead|CausalLM|MaskedLM|Generation|MTModel|EncoderDecoder|ToText"
+"""What the classes of models with a pretrained head over a vocabulary are called."""
+
 
 @dataclass(frozen=True)
 class ParameterSpace:
@@ -158,10 +161,9 @@ def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> 
     if hasattr(model, "peft_config"):
         return tuple(name for name in trainable if ".modules_to_save." in name)
     prefix = getattr(model, "base_model_prefix", "")
+    if prefix and re.search(LANGUAGE_MODELS, type(model).__name__):
+        return ()
     if prefix and hasattr(model, prefix):
-        language_model = re.search("LMHead|CausalLM|MaskedLM|Generation", type(model).__name__)
-        if language_model:
-            return ()
         return tuple(
             name
             for name in trainable

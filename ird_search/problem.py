@@ -31,12 +31,14 @@ from ird_search.fisher import label_problems
 from ird_search.models import (
     LoadedModel,
     check_weights,
+    decoder_of,
     infer_task,
     label_names_of,
     limits_of,
     load_model,
     num_labels_of,
     segments_of,
+    writes_targets,
 )
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.samples import SampleSet
@@ -151,6 +153,7 @@ def open_samples(
         label_column=options.label_column,
         split=options.split,
         limit=options.limit,
+        writes=writes_targets(model, options.task, revision=revision),
     )
     name = infer_task(model, source) if options.task == "auto" else options.task
     if options.task == "auto" and name == "causal-lm" and not isinstance(model, nn.Module):
@@ -195,6 +198,7 @@ def encode_for(
         vocab_size=vocabulary,
         segments=segments_of(loaded.model),
         pad_id=loaded.pad_id,
+        decoder=decoder_of(loaded.model) if task == "seq2seq" else None,
     )
 
 
@@ -271,6 +275,7 @@ def _eval_source(data: Any, eval_data: Any, source: Source, options: DataConfig)
     columns: dict[str, Any] = {
         "text_columns": source.text_columns,
         "label_column": source.label_column,
+        "writes": source.kind == "seq2seq",
     }
     if eval_data is not None:
         held_out = read_validation(eval_data, **columns)

@@ -96,7 +96,8 @@ class SampleSet:
         """Tokens of each sample, int64: [N].
 
         The length of `input_ids` or of the first other 1-D integer input; without one, the size of
-        the largest input in patches of 768 numbers, at least 1.
+        the largest input in patches of 768 numbers, at least 1. Of what an encoder and a decoder
+        read, the longer one.
         """
         return torch.tensor([_length(sample) for sample in self.inputs], dtype=torch.int64)
 
@@ -235,6 +236,9 @@ def _index(rows: Iterable[int] | Tensor) -> Tensor:
 
 
 def _length(sample: Mapping[str, Tensor]) -> int:
+    if "decoder_input_ids" in sample:
+        encoder = {n: t for n, t in sample.items() if not n.startswith("decoder_")}
+        return max(len(sample["decoder_input_ids"]), _length(encoder))
     order = sorted(sample, key=lambda name: name != "input_ids")
     for name in order:
         if sample[name].ndim == 1 and not sample[name].is_floating_point():

@@ -140,19 +140,28 @@ class Regression(Task):
 
 
 @dataclass(frozen=True)
-class CausalLM(Task):
-    """Next-token prediction: Σ_t log p(y_t | y_<t), one number per sequence.
+class LanguageModel(Task):
+    """Texts, token by token: Σ_t log p(y_t | …), one number per sequence.
 
-    Labels are [B, T], aligned with the inputs; −100 (padding, prompt) is left out.
+    Labels are [B, T]; −100 (padding, prompt) is left out. Logits at t are of the label `shift`
+    places on.
     """
 
-    name: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "perplexity"
+    shift: ClassVar[int]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The labels that have logits, in line with `answers`: [B, T] → [B, T − shift]."""
+        return labels[:, self.shift :]
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """The logits that have a label: [B, T, V] → [B, T − shift, V]."""
+        return logits[:, : logits.shape[1] - self.shift]
 
     def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         picked = F.cross_entropy(
-            _wide(logits[:, :-1]).flatten(0, 1),
-            labels[:, 1:].flatten(),
+            _wide(self.answers(logits)).flatten(0, 1),
+            self.targets(labels).flatten(),
             reduction="none",
             ignore_index=IGNORED,
         )
@@ -164,21 +173,41 @@ class CausalLM(Task):
 
     def drawn(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Each target from p(y_t | y_<t), behind the tokens that are there."""
-        picked = F.pad(_placed(logits[:, :-1], noise[:, 1:]), (1, 0), value=IGNORED)
-        return picked.masked_fill(noise == IGNORED, IGNORED)
+        picked = _placed(self.answers(logits), self.targets(noise))
+        return F.pad(picked, (self.shift, 0), value=IGNORED).masked_fill(noise == IGNORED, IGNORED)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over the batch's predicted tokens, as trainers of language models use it."""
-        return -self.log_likelihood(logits, labels).sum() / (labels[:, 1:] != IGNORED).sum()
+        tokens = (self.targets(labels) != IGNORED).sum()
+        return -self.log_likelihood(logits, labels).sum() / tokens
 
     def summary(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(negative log-likelihood, predicted tokens) of each sequence: [B, 2]."""
-        tokens = (labels[:, 1:] != IGNORED).sum(-1)
+        tokens = (self.targets(labels) != IGNORED).sum(-1)
         return torch.stack([-self.log_likelihood(logits, labels), tokens.float()], -1)
 
     def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
         nll, tokens = summary.double().sum(0).tolist()
         return {"perplexity": math.exp(min(nll / tokens, 700.0))}
+
+
+@dataclass(frozen=True)
+class CausalLM(LanguageModel):
+    """Next-token prediction: Σ_t log p(y_t | y_<t). Labels are aligned with the inputs."""
+
+    name: ClassVar[str] = "causal-lm"
+    shift: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class Seq2SeqLM(LanguageModel):
+    """A text from another: Σ_t log p(y_t | y_<t, x). Labels are aligned with the logits.
+
+    The decoder reads y_<t as `decoder_input_ids`: the labels, shifted before they come here.
+    """
+
+    name: ClassVar[str] = "seq2seq"
+    shift: ClassVar[int] = 0
 
 
 def make_task(name: str, num_labels: int | None = None) -> Task:
@@ -191,7 +220,7 @@ def make_task(name: str, num_labels: int | None = None) -> Task:
         if num_labels is None or num_labels < 2:
             raise UsageError(f"A classification needs two classes or more, not {num_labels}.")
         return Classification(num_labels)
-    plain: dict[str, type[Task]] = {"regression": Regression, "causal-lm": CausalLM}
+    plain = {task.name: task for task in (Regression, CausalLM, Seq2SeqLM)}
     if name not in plain:
         raise UsageError(f"Unknown task {name!r}; known are classification, {', '.join(plain)}.")
     return plain[name]()

@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ird_search.data.targets import shifted_right
 from ird_search.samples import SampleSet
-from ird_search.task import CausalLM, Classification
+from ird_search.task import CausalLM, Classification, Seq2SeqLM
 from tests.cases import LENGTHS, Case, Problem, problem, prompts, texts, vectors
 from tests.tiny import VOCABULARY
 
@@ -82,11 +83,11 @@ def language_model(name: str, settings: dict[str, Any], attention: str | None = 
     return problem(build(name, settings, attention), CausalLM(), prompts())
 
 
-def pairs(samples: SampleSet) -> SampleSet:
-    """Each row with an answer of its own length, which the decoder reads and is to predict."""
+def pairs(samples: SampleSet, start: int) -> SampleSet:
+    """Each row with an answer of its own length, which is to be written behind `start`."""
     answers = [torch.randint(5, len(VOCABULARY), (n,)) for n in reversed(LENGTHS)]
     inputs = tuple(
-        {**row, "decoder_input_ids": answer}
+        {**row, "decoder_input_ids": shifted_right(answer, start=start, pad=0)}
         for row, answer in zip(samples.inputs, answers, strict=True)
     )
     return SampleSet(inputs, tuple(answers), samples.ids)
@@ -94,7 +95,8 @@ def pairs(samples: SampleSet) -> SampleSet:
 
 def seq2seq(name: str, settings: dict[str, Any], attention: str | None = None) -> Problem:
     """Padded texts in, padded texts out."""
-    return problem(build(name, settings, attention), CausalLM(), pairs(texts()))
+    samples = pairs(texts(), settings["decoder_start_token_id"])
+    return problem(build(name, settings, attention), Seq2SeqLM(), samples)
 
 
 def images(size: int) -> SampleSet:
@@ -207,8 +209,8 @@ def whisper_classifier(attention: str) -> Problem:
 def whisper(attention: str) -> Problem:
     """Spectrograms in, padded texts out."""
     model = build("WhisperForConditionalGeneration", WHISPER, attention)
-    samples = pairs(under("input_features", vectors(8, FRAMES)))
-    return problem(model, CausalLM(), samples)
+    samples = pairs(under("input_features", vectors(8, FRAMES)), WHISPER["decoder_start_token_id"])
+    return problem(model, Seq2SeqLM(), samples)
 
 
 def wav2vec2(attention: str) -> Problem:

@@ -25,6 +25,7 @@ from ird_search.run import Run
 from ird_search.samples import Batch, SampleSet
 from ird_search.task import IGNORED, CausalLM, Classification, Regression, logits_of
 from tests.cases import Problem, named, problem, prompts, vectors
+from tests.models import t5
 from tests.reference import fisher, relative_error
 from tests.toy import toy_problem
 
@@ -335,6 +336,23 @@ def test_a_sampled_token_is_drawn_behind_the_datas_prefix() -> None:
             yield from (term / 2**0.5 for term in over_tokens(logits, y, row))
 
     assert relative_error(m.marginals().columns, by_row(p, terms).mean(0)) <= CLOSE
+
+
+@pytest.mark.parametrize("settings", [{}, {"fisher": "sampled", "fisher_draws": 2}])
+def test_targets_that_are_not_shifted(settings: dict[str, Any]) -> None:
+    """Of an encoder-decoder the first label is a target, too."""
+    p = t5("sdpa")
+    p = problem(p.model, p.task, p.samples.select([4, 2]), [n for n in p.space.names if ".k." in n])
+    m = opened(p, fisher_unit="token", **settings)
+    golds = [[y] for y in p.samples.labels]
+    labels = [drawn_labels(p, rule_of(m), row) for row in (0, 1)] if settings else golds
+
+    def terms(logits: Tensor, label: Tensor, row: int) -> Iterator[Tensor]:
+        for y in labels[row]:
+            for t in range(len(y)):
+                yield logits[t].log_softmax(-1)[y[t]] / len(labels[row]) ** 0.5
+
+    assert relative_error(m.marginals().rows, by_row(p, terms).sum(1)) <= CLOSE
 
 
 # --- what is refused -----------------------------------------------------------------------------

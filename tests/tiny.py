@@ -9,11 +9,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -62,6 +66,22 @@ def tiny_lm_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    """A <eos>, as T5's; no token types."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", VOCABULARY["<eos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="<eos>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
 def tiny_bert(
     num_labels: int = 2, *, seed: int = 0, **config: Any
 ) -> BertForSequenceClassification:
@@ -94,6 +114,47 @@ def tiny_gpt2(*, seed: int = 0, model: type[nn.Module] = GPT2LMHeadModel, **conf
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model(GPT2Config(**{**settings, **config}))
+
+
+def tiny_t5(*, seed: int = 0, **config: Any) -> T5ForConditionalGeneration:
+    """One layer on each side, hidden 16, relative positions."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "pad_token_id": VOCABULARY["[PAD]"],
+        "decoder_start_token_id": VOCABULARY["[PAD]"],
+        "eos_token_id": VOCABULARY["<eos>"],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(T5Config(**{**settings, **config}))
+
+
+def tiny_bart(*, seed: int = 0, **config: Any) -> BartForConditionalGeneration:
+    """One layer on each side, hidden 16, 12 positions."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 12,
+        "pad_token_id": VOCABULARY["[PAD]"],
+        "bos_token_id": VOCABULARY["[CLS]"],
+        "eos_token_id": VOCABULARY["<eos>"],
+        "decoder_start_token_id": VOCABULARY["<eos>"],
+        "forced_eos_token_id": None,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BartForConditionalGeneration(BartConfig(**{**settings, **config}))
 
 
 def tiny_vit(num_labels: int = 2, *, seed: int = 0) -> ViTForImageClassification:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ird_search.errors import DataError, nearest
 from ird_search.task import POSITIONAL
 
-Kind = Literal["classification", "regression", "causal-lm", "image-classification"]
+Kind = Literal["classification", "regression", "causal-lm", "seq2seq", "image-classification"]
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 TEXT_PAIRS = (
@@ -31,6 +31,32 @@ TEXT_PAIRS = (
 )
 TEXT_SINGLES = ("sentence", "text", "review", "content", "comment", "tweet", "document")
 COMPLETION = ("prompt", "completion")
+SOURCES = (
+    "source",
+    "src",
+    "input",
+    "prompt",
+    "article",
+    "document",
+    "dialogue",
+    "question",
+    "text",
+    "sentence",
+)
+TARGETS = (
+    "target",
+    "tgt",
+    "output",
+    "completion",
+    "summary",
+    "highlights",
+    "answer",
+    "translation",
+    "response",
+    "transcription",
+)
+"""What is read and what is to be written; earlier names first."""
+
 LABELS = ("label", "labels", "target", "class", "score", "y", "category", "sentiment")
 IDS = ("idx", "id", "index", "guid", "uid", "__index_level_0__")
 NOT_INPUTS = (*IDS, "special_tokens_mask", "offset_mapping", "length")
@@ -77,8 +103,19 @@ class Columns:
     inputs: tuple[str, ...] = ()
 
 
-def name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: str) -> Columns:
+def name_columns(
+    rows: Rows,
+    text: tuple[str, ...],
+    label: str | None,
+    origin: str,
+    *,
+    writes: bool | None = False,
+) -> Columns:
     """Tell what the columns are for, beginning with those that were asked for.
+
+    Args:
+        writes: whether one text is to be written from the other; `None`: where no class and no
+            number is there to predict.
 
     Raises:
         DataError: a column that is not there, or which one holds the text cannot be told.
@@ -94,7 +131,12 @@ def name_columns(rows: Rows, text: tuple[str, ...], label: str | None, origin: s
     if len(text) > 2:
         raise DataError(f"One text column, or the two of a pair, are accepted, not {len(text)}.")
     first = _first_values(rows)
-    encoded = not text and any(name in ENCODED for name in columns)
+    # a column "input" may also hold the text itself
+    encoded = not text and any(
+        c in ENCODED and not (c == POSITIONAL and isinstance(first[c], str)) for c in columns
+    )
+    if not encoded and (writes or (writes is None and not _has_label(first, label, text))):
+        return Columns(text=_source_and_target(first, text, label, origin))
     if label is None:
         # a tokenised language-model row may hold both a class `label` and token `labels`
         order = ("labels", *LABELS) if encoded else LABELS
@@ -135,6 +177,36 @@ def _text_columns(
     )
 
 
+def _has_label(first: Mapping[str, Any], label: str | None, text: tuple[str, ...]) -> bool:
+    """Whether texts have a class or a number beside them, and not a text named as an answer."""
+    label = label or _by_name(tuple(first), LABELS, barred=text)
+    return label is not None and not (
+        _plain(label) in TARGETS and isinstance(first[label], (str, type(None)))
+    )
+
+
+def _source_and_target(
+    first: Mapping[str, Any], text: tuple[str, ...], label: str | None, origin: str
+) -> tuple[str, str]:
+    """By name first, then the string columns, where as many are left as are missing."""
+    if len(text) == 2:
+        return text[0], text[1]
+    rest = [name for name in first if name not in (*text, label) and _plain(name) not in IDS]
+    source = text[0] if text else _by_name(rest, SOURCES)
+    target = label or _by_name(rest, (*TARGETS, *LABELS))
+    pair = [source, target]
+    left = [name for name in rest if name not in pair and isinstance(first[name], str)]
+    if pair.count(None) == len(left):
+        pair = [left.pop(0) if name is None else name for name in pair]
+    source, target = pair
+    if source is None or target is None:
+        raise DataError(
+            f"Which columns of {origin} hold the source and the target cannot be told; its columns "
+            f"are {listed(tuple(first))}. Name the two with text_columns (--text-column, twice)."
+        )
+    return source, target
+
+
 def _image_column(rest: list[str], first: Mapping[str, Any]) -> str | None:
     for name in rest:
         array = name.lower() in IMAGES and isinstance(first[name], (np.ndarray, Tensor, list))
@@ -154,7 +226,9 @@ def listed(columns: Sequence[str]) -> str:
     return f"{', '.join(columns[:SHOWN])}{more}"
 
 
-def _by_name(columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str]) -> str | None:
+def _by_name(
+    columns: Sequence[str], wanted: Sequence[str], barred: Sequence[str] = ()
+) -> str | None:
     known = {_plain(name): name for name in columns if name not in barred}
     return next((known[name] for name in wanted if name in known), None)
 
@@ -185,10 +259,17 @@ def is_picture(value: Any) -> bool:
     return hasattr(value, "convert") and hasattr(value, "getbands")
 
 
-def label_kind(rows: Rows, columns: Columns) -> tuple[tuple[str, ...] | None, Kind, int | None]:
-    """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them."""
-    if columns.label is None:
-        return None, "causal-lm", None
+def label_kind(
+    rows: Rows, columns: Columns, *, writes: bool | None = False
+) -> tuple[tuple[str, ...] | None, Kind, int | None]:
+    """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them.
+
+    Args:
+        writes: as `name_columns` takes it.
+    """
+    language: Kind = "causal-lm" if writes is False else "seq2seq"
+    if columns.label is None or writes:
+        return None, language, None
     whole: Kind = "image-classification" if columns.image else "classification"
     if "pixel_values" in columns.inputs:
         whole = "image-classification"
@@ -197,7 +278,7 @@ def label_kind(rows: Rows, columns: Columns) -> tuple[tuple[str, ...] | None, Ki
         return tuple(feature.names), whole, len(feature.names)
     values = [plain_label(value) for value in values_of(rows, columns.label)]
     if columns.inputs and any(isinstance(value, list) for value in values):
-        return None, "causal-lm", None
+        return None, language, None
     strings = [value for value in values if isinstance(value, str) and value]
     numbers = [v for v in values if is_number(v)]
     if len(strings) > len(numbers):

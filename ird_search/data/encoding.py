@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ird_search.data.labels import class_labels, number_labels, token_labels
-from ird_search.data.row_problems import RowProblems
+from ird_search.data.row_problems import RowProblems, too_long
 from ird_search.data.sources import Source
-from ird_search.data.values import as_tensor, attended, is_tokens, told
+from ird_search.data.targets import DECODER_INPUT, Decoder, target_labels, with_decoder_input
+from ird_search.data.values import as_tensor, attended, is_tokens, range_problem, told
 from ird_search.errors import UsageError, nearest
 from ird_search.samples import SampleSet
 from ird_search.task import POSITIONAL
@@ -38,12 +39,13 @@ def encode(
     vocab_size: int | None = None,
     segments: int | None = None,
     pad_id: int | None = None,
+    decoder: Decoder | None = None,
 ) -> SampleSet:
     """Tokenise a source, map its labels, and check every row.
 
     Args:
-        task: classification, regression, causal-lm or image-classification; `auto` takes what the
-            source suggests.
+        task: classification, regression, causal-lm, seq2seq or image-classification; `auto` takes
+            what the source suggests.
         processor: the tokenizer or image processor; not needed for rows that are inputs already.
         training: rows to learn from, which need two classes. Rows to evaluate on have their label
             text mapped by `label_names`, which they need then.
@@ -54,9 +56,10 @@ def encode(
         vocab_size: number of token ids of the model.
         segments: number of its `token_type_ids`.
         pad_id: token id that fills a batch; the tokenizer's own by default, then its end of text.
+        decoder: what the decoder of an encoder-decoder model takes, where that is known.
 
     A language model learns all tokens of its text; of two columns, the first is a prompt that
-    carries no likelihood.
+    carries no likelihood. An encoder-decoder model reads the first and learns the second.
 
     Raises:
         DataError: rows that cannot be used; up to ten are listed with their numbers.
@@ -73,13 +76,17 @@ def encode(
     most = None if max_length is not None else max_positions
     rows, starts = _model_inputs(source, kind, processor, max_length, most, problems)
     inputs = [_tensors(row, i, max_length, problems) for i, row in enumerate(rows)]
-    if kind == "causal-lm":
-        labels: tuple[Tensor, ...] | Tensor = token_labels(
-            source, inputs, starts, vocab_size, problems
-        )
-        names = None
+    labels: tuple[Tensor, ...] | Tensor
+    names = None
+    if kind == "seq2seq":
+        decoder = decoder or Decoder()
+        tokens = _target_tokens(source, processor, max_length, decoder, problems)
+        labels = target_labels(source, tokens, decoder, max_length, problems)
+        inputs = with_decoder_input(inputs, labels, decoder, problems)
+    elif kind == "causal-lm":
+        labels = token_labels(source, inputs, starts, vocab_size, problems)
     elif kind == "regression":
-        labels, names = number_labels(source, problems), None
+        labels = number_labels(source, problems)
     else:
         names = tuple(label_names) if label_names else None
         labels = class_labels(source, names, num_labels, training, problems)
@@ -94,13 +101,13 @@ def encode(
         inputs=tuple(inputs),
         labels=labels,
         ids=torch.tensor(source.ids, dtype=torch.int64),
-        pad=_padding(processor, pad_id),
+        pad=_padding(inputs[0], processor, pad_id),
         label_names=names,
     )
 
 
 def _check_settings(kind: str, max_length: int | None, max_positions: int | None) -> None:
-    known = ("classification", "regression", "causal-lm", "image-classification")
+    known = ("classification", "regression", "causal-lm", "seq2seq", "image-classification")
     problems = []
     if kind not in known:
         problems.append(
@@ -139,7 +146,8 @@ def _model_inputs(
         return _read_images(source.column(source.image_column), processor, problems), [0] * len(
             source
         )
-    texts = [_texts(source, name, problems) for name in source.text_columns]
+    read = source.text_columns[:1] if kind == "seq2seq" else source.text_columns
+    texts = [_texts(source, name, problems) for name in read]
     if most is not None:
         for column in texts:
             _drop_far_too_long(column, processor, most, problems)
@@ -148,6 +156,33 @@ def _model_inputs(
     if kind == "causal-lm" and len(texts) == 2:
         return _read_prompts(texts[0], texts[1], processor, max_length)
     return _rows(_tokenise(processor, texts, max_length)), [0] * len(source)
+
+
+def _target_tokens(
+    source: Source,
+    processor: Any,
+    max_length: int | None,
+    decoder: Decoder,
+    problems: RowProblems,
+) -> list[list[int]] | None:
+    """The tokens of each row's target text; `None` where rows bring labels."""
+    if source.tokenised:
+        return None
+    if len(source.text_columns) != 2:
+        problems.whole.append(
+            f"{source.origin} holds no source and target. Name the two columns of text with "
+            "text_columns (--text-column, twice)."
+        )
+        return [[]] * len(source)
+    name = source.text_columns[1]
+    texts = _texts(source, name, problems)
+    for i, text in enumerate(texts):
+        if not text.strip():
+            problems.add(i, f"the target in {name!r} is empty")
+    if max_length is None and decoder.max_positions is not None:
+        _drop_far_too_long(texts, processor, decoder.max_positions, problems, "decoder")
+    found: list[list[int]] = _tokenise(processor, [], max_length, text_target=texts)["input_ids"]
+    return found
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -169,19 +204,16 @@ def _texts(source: Source, name: str, problems: RowProblems) -> list[str]:
     return [v if isinstance(v, str) and _is_unicode(v) else "" for v in values]
 
 
-def _drop_far_too_long(texts: list[str], processor: Any, most: int, problems: RowProblems) -> None:
+def _drop_far_too_long(
+    texts: list[str], processor: Any, most: int, problems: RowProblems, reader: str = "model"
+) -> None:
     """Tell texts whose beginning alone has twice the tokens; the rest of them takes seconds."""
     for i, text in enumerate(texts):
         if len(text) > LONG:
             (tokens,) = _tokenise(processor, [[text[:LONG]]], None)["input_ids"]
             if len(tokens) > 2 * most:
-                problems.add(i, f"more than {_too_long(len(tokens), most)}")
+                problems.add(i, f"more than {too_long(len(tokens), most, reader)}")
                 texts[i] = ""
-
-
-def _too_long(count: int, most: int) -> str:
-    cure = f"max_length={most} (--max-length {most}) cuts"
-    return f"{count} tokens, but the model takes {most}; {cure}"
 
 
 def _is_unicode(text: str) -> bool:
@@ -253,18 +285,21 @@ def _tensors(
             problems.add(i, f"{name!r} cannot be used: {error}")
             found[name] = torch.zeros(0)
     tokens = found.get("input_ids", found.get(POSITIONAL))
-    if max_length is not None and tokens is not None and is_tokens(tokens):
-        length = len(tokens)
+    if max_length is not None:
+        length = len(tokens) if tokens is not None and is_tokens(tokens) else None
         for name, t in found.items():
-            if t.ndim == 1 and len(t) == length:
+            if t.ndim == 1 and (len(t) == length or name.startswith("decoder_")):
                 found[name] = t[:max_length]
     return found
 
 
-def _padding(processor: Any, pad_id: int | None) -> dict[str, int | float]:
+def _padding(
+    row: Mapping[str, Tensor], processor: Any, pad_id: int | None
+) -> dict[str, int | float]:
     own = (getattr(processor, "pad_token_id", None), getattr(processor, "eos_token_id", None))
     token = next((value for value in (pad_id, *own) if value is not None), 0)
-    return {"input_ids": token, "token_type_ids": getattr(processor, "pad_token_type_id", 0)}
+    found = {"input_ids": token, "token_type_ids": getattr(processor, "pad_token_type_id", 0)}
+    return found | ({DECODER_INPUT: token} if DECODER_INPUT in row else {})
 
 
 # --- checks of tensors --------------------------------------------------------------------------
@@ -303,7 +338,7 @@ def _check_tokens(
             problems.add(i, f"'input_ids' is {tokens.dtype} {list(tokens.shape)}, not token ids")
             continue
         if max_positions is not None and len(tokens) > max_positions:
-            problems.add(i, _too_long(len(tokens), max_positions))
+            problems.add(i, too_long(len(tokens), max_positions))
         low, high = (int(v) for v in torch.aminmax(tokens))
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             known = f"0 to {vocab_size - 1}" if vocab_size is not None else "0 and above"
@@ -331,13 +366,5 @@ def _check_beside(
             elif name == "attention_mask":
                 if not bool(((t == 0) | (t == 1)).all() and t.any()):
                     problems.add(i, "'attention_mask' must hold 0 and 1, and at least one 1")
-            elif problem := _range_problem(t, limits[name]):
+            elif problem := range_problem(t, limits[name]):
                 problems.add(i, f"{name!r} {problem}")
-
-
-def _range_problem(t: Tensor, count: int | None) -> str:
-    low, high = (int(v) for v in torch.aminmax(t))
-    if low >= 0 and (count is None or high < count):
-        return ""
-    known = f"0 to {count - 1}" if count is not None else "0 and above"
-    return f"holds {low if low < 0 else high}, out of range: the model knows {known}"

@@ -144,7 +144,7 @@ def token_labels(
     for i, row in enumerate(inputs):
         tokens = row["input_ids"]
         if given:
-            labels = _own_labels(own[i], i, len(tokens) if tokens.ndim else 0, problems)
+            labels = own_labels(own[i], i, len(tokens) if tokens.ndim else 0, problems)
         elif is_tokens(tokens) and attended(row).shape == tokens.shape:
             labels = torch.where(attended(row).bool(), tokens, IGNORED)
             labels[: starts[i]] = IGNORED
@@ -156,8 +156,8 @@ def token_labels(
     return tuple(found)
 
 
-def _own_labels(value: Any, i: int, length: int, problems: RowProblems) -> Tensor:
-    """The labels that a row brought, cut as its tokens are."""
+def own_labels(value: Any, i: int, length: int | None, problems: RowProblems) -> Tensor:
+    """The token labels that a row brought, cut to a length."""
     try:
         labels = as_tensor(value)
     except ValueError as error:
@@ -169,17 +169,24 @@ def _own_labels(value: Any, i: int, length: int, problems: RowProblems) -> Tenso
 def _token_problem(tokens: Tensor, labels: Tensor, vocab_size: int | None) -> str:
     if not is_tokens(tokens):
         return ""  # told by the check of tokens
+    if is_tokens(labels) and labels.shape != tokens.shape:
+        return f"{len(labels)} labels came for {len(tokens)} tokens"
+    if problem := label_problem(labels, vocab_size):
+        return problem
+    if len(tokens) < 2:
+        return "1 token came; a language model needs 2 to predict one"
+    if bool((labels[1:] == IGNORED).all()):
+        return "no token is left to predict (every label is -100)"
+    return ""
+
+
+def label_problem(labels: Tensor, vocab_size: int | None) -> str:
+    """Why these are no tokens to predict; empty where they are."""
     if not is_tokens(labels):
         return f"the labels are {labels.dtype} {list(labels.shape)}, not token ids"
-    if labels.shape != tokens.shape:
-        return f"{len(labels)} labels came for {len(tokens)} tokens"
     scored = labels[labels != IGNORED]
     odd = scored[(scored < 0) | (scored >= vocab_size)] if vocab_size else scored[scored < 0]
     if odd.numel():
         known = f"0 to {vocab_size - 1}" if vocab_size else "0 and above"
         return f"the label {int(odd[0])} is out of range; {known} are accepted, and {IGNORED}"
-    if len(tokens) < 2:
-        return "1 token came; a language model needs 2 to predict one"
-    if bool((labels[1:] == IGNORED).all()):
-        return "no token is left to predict (every label is -100)"
     return ""

@@ -43,3 +43,9 @@ class RowProblems:
         else:
             told = []
         raise DataError([*self.whole, *told])
+
+
+def too_long(count: int, most: int, reader: str = "model") -> str:
+    """What is wrong with a text of so many tokens, and what to do."""
+    cure = f"max_length={most} (--max-length {most}) cuts"
+    return f"{count} tokens, but the {reader} takes {most}; {cure}"

@@ -71,7 +71,8 @@ class Source:
         rows: the rows kept, N of them.
         ids: the position of each row in what the user passed: [N].
         kind: the task that the columns suggest.
-        text_columns: one or two columns of text; (prompt, completion) for a language model.
+        text_columns: one or two columns of text; (prompt, completion) for a language model,
+            (source, target) for an encoder-decoder.
         label_column: the column with the label, if there is one.
         image_column: the column with images that a processor must still read.
         input_columns: columns that are model inputs already.
@@ -136,6 +137,7 @@ def read_source(
     label_column: str | None = None,
     split: str | None = None,
     limit: int | None = None,
+    writes: bool | None = False,
 ) -> Source:
     """Read what the user passed and tell what its columns are for.
 
@@ -147,6 +149,9 @@ def read_source(
         label_column: the label column; inferred by default.
         split: which split, where `data` has several; `train` by default.
         limit: keep the first `limit` rows.
+        writes: whether the model writes one text, or tokens, from what it reads; `None`: where
+            the rows have no class and no number to predict. Of two texts the second is then the
+            target.
 
     Raises:
         DataError: nothing there, unreadable, empty, or columns that cannot be told.
@@ -162,8 +167,8 @@ def read_source(
     rows = _normalise(opened, limit, origin)
     if not len(rows):
         raise DataError(f"{origin} has no rows.")
-    columns = name_columns(rows, tuple(text_columns), label_column, origin)
-    names, kind, num_labels = label_kind(rows, columns)
+    columns = name_columns(rows, tuple(text_columns), label_column, origin, writes=writes)
+    names, kind, num_labels = label_kind(rows, columns, writes=writes)
     return Source(
         rows=rows,
         ids=tuple(range(len(rows))),
@@ -184,6 +189,7 @@ def read_validation(
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
     limit: int | None = None,
+    writes: bool | None = False,
 ) -> Source | None:
     """The validation split of `data`, or `None` where it has none. Arguments as `read_source`.
 
@@ -194,7 +200,12 @@ def read_validation(
     if split is None:
         return None
     return read_source(
-        data, text_columns=text_columns, label_column=label_column, split=split, limit=limit
+        data,
+        text_columns=text_columns,
+        label_column=label_column,
+        split=split,
+        limit=limit,
+        writes=writes,
     )
 
 

@@ -53,3 +53,12 @@ def is_tokens(t: Tensor) -> bool:
 def attended(row: Mapping[str, Tensor]) -> Tensor:
     """The row's own attention mask, or ones: padding must not be attended to."""
     return row["attention_mask"] if "attention_mask" in row else torch.ones_like(row["input_ids"])
+
+
+def range_problem(t: Tensor, count: int | None) -> str:
+    """How whole numbers lie outside 0 … count − 1; empty where none does."""
+    low, high = (int(v) for v in torch.aminmax(t))
+    if low >= 0 and (count is None or high < count):
+        return ""
+    known = f"0 to {count - 1}" if count is not None else "0 and above"
+    return f"holds {low if low < 0 else high}, out of range: the model knows {known}"

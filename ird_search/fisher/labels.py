@@ -33,7 +33,7 @@ from ird_search.fisher.combined import squared_together
 from ird_search.fisher.engine import Contribution, Engine
 from ird_search.samples import Batch, SampleSet
 from ird_search.seeds import derive
-from ird_search.task import IGNORED, CausalLM, Classification, Task
+from ird_search.task import IGNORED, Classification, LanguageModel, Task
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class LabelRule:
         >>> samples = SampleSet(({"input": torch.ones(2)},), torch.tensor([1]), torch.arange(1))
         >>> rule.terms(samples, samples.batch([0]))
         [tensor([0]), tensor([1]), tensor([2])]
+        >>> from ird_search.task import CausalLM
         >>> LabelRule(CausalLM(), "expected")
         Traceback (most recent call last):
         ...
@@ -154,7 +155,9 @@ class LabelRule:
     def terms(self, samples: SampleSet, batch: Batch) -> list[Tensor]:
         """The labels of each term, in the shape of the batch's."""
         found = self._labels(samples, batch)
-        return found if self.unit == "sequence" else [t for one in found for t in _tokens(one)]
+        if self.unit == "sequence" or not isinstance(self.task, LanguageModel):
+            return found
+        return [t for one in found for t in _tokens(one, first=self.task.shift)]
 
     def _labels(self, samples: SampleSet, batch: Batch) -> list[Tensor]:
         if self.labels == "empirical":
@@ -185,13 +188,13 @@ class LabelRule:
 def label_problems(task: Task, labels: FisherLabels, unit: FisherUnit) -> list[str]:
     """What the task cannot do, in sentences."""
     problems = []
-    if labels == "expected" and isinstance(task, CausalLM):
+    if labels == "expected" and isinstance(task, LanguageModel):
         problems.append(
             f"fisher is 'expected', which for {task.name} would be a sum over the vocabulary at "
             "every token. Pass fisher='sampled' (--fisher sampled), which draws each target from "
             "the model's distribution."
         )
-    if unit == "token" and not isinstance(task, CausalLM):
+    if unit == "token" and not isinstance(task, LanguageModel):
         problems.append(
             f"fisher_unit is 'token', which needs a language model; this is {task.name}, with one "
             "label a sample. Pass fisher_unit='sequence' (--fisher-unit sequence)."
@@ -199,10 +202,10 @@ def label_problems(task: Task, labels: FisherLabels, unit: FisherUnit) -> list[s
     return problems
 
 
-def _tokens(labels: Tensor) -> list[Tensor]:
-    """The labels of a language model, one target at a time: the first token is none."""
+def _tokens(labels: Tensor, first: int) -> list[Tensor]:
+    """The labels of a language model, one target at a time: those before `first` are none."""
     places = torch.arange(labels.shape[1], device=labels.device)
-    targets = ((labels != IGNORED).any(0) & (places > 0)).nonzero().flatten().tolist()
+    targets = ((labels != IGNORED).any(0) & (places >= first)).nonzero().flatten().tolist()
     # Where there is no target at all, one term says so: its gradient is zero.
     return [labels.masked_fill(places != t, IGNORED) for t in targets or [0]]
 
