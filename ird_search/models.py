@@ -1,4 +1,4 @@
-"""Loading a model, and asking what it takes.
+"""Loading a model, or taking the user's.
 
 A user's `nn.Module` is used as it is. An id or a directory is loaded without running code from the
 checkpoint and without pickles, under a seed of its own: a fresh head is drawn from the global
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
@@ -35,11 +34,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import random_state_kept, unwrapped
-from ird_search.data.sources import Source
-from ird_search.data.targets import Decoder, shifted_right
 from ird_search.data.values import told
 from ird_search.errors import ModelError, UsageError, nearest, out_of_memory
-from ird_search.task import IGNORED
+from ird_search.traits import is_seq2seq
 
 LOADERS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -140,29 +137,6 @@ def load_model(
     )
 
 
-def infer_task(model: nn.Module | str | Path, source: Source) -> str:
-    """The task that a model's class says, else the one that the data suggest.
-
-    Raises:
-        ModelError: a multi-label classifier, which has no single label to take the likelihood of.
-    """
-    if not isinstance(model, nn.Module):
-        return source.kind
-    base = unwrapped(model)
-    config, name = getattr(base, "config", None), type(base).__name__
-    problem = getattr(config, "problem_type", None)
-    if problem == "multi_label_classification":
-        raise ModelError("A multi-label classifier came; one label a sample is accepted.")
-    if name.endswith("ForImageClassification"):
-        return "image-classification"
-    if name.endswith("ForSequenceClassification"):
-        one = getattr(config, "num_labels", 2) == 1
-        return "regression" if one or problem == "regression" else "classification"
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal-lm"
-    return "seq2seq" if _is_seq2seq(base) else source.kind
-
-
 def writes_targets(
     model: nn.Module | str | Path, task: str, *, revision: str | None = None
 ) -> bool | None:
@@ -174,7 +148,7 @@ def writes_targets(
     if task != "auto":
         return task == "seq2seq"
     if isinstance(model, nn.Module):
-        return _is_seq2seq(unwrapped(model))
+        return is_seq2seq(unwrapped(model))
     where = {} if revision is None else {"revision": revision}
     try:
         with quiet():
@@ -185,12 +159,6 @@ def writes_targets(
     return None if pretrained and _seq2seq_loader(config) is not None else False
 
 
-def _is_seq2seq(base: Any) -> bool:
-    """Whether a module is an encoder-decoder with a head over the vocabulary."""
-    reads = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return bool(reads) and hasattr(base, "can_generate") and bool(base.can_generate())
-
-
 def _seq2seq_loader(config: Any) -> Any:
     """Who loads the encoder-decoder of this config; `None` where it is none."""
     if not getattr(config, "is_encoder_decoder", False):
@@ -198,111 +166,6 @@ def _seq2seq_loader(config: Any) -> Any:
     if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM
     return AutoModelForSpeechSeq2Seq if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else None
-
-
-def num_labels_of(model: nn.Module | str | Path, source: Source) -> int | None:
-    """Classes that the model tells apart, or those of the data where it cannot be asked.
-
-    A transformers model says it in its config; another module by the width of its last layer, if
-    that is linear.
-    """
-    if not isinstance(model, nn.Module):
-        return source.num_labels
-    config = getattr(unwrapped(model), "config", None)
-    if config is not None and hasattr(config, "num_labels"):
-        return int(config.num_labels)
-    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
-    if layers and isinstance(layers[-1], nn.Linear):
-        return layers[-1].out_features
-    return source.num_labels
-
-
-def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
-    """Class names of the model's config in the order of their ids; `None` for LABEL_0, LABEL_1, …
-
-    Text labels must follow them: a trained head has its own order of classes.
-    """
-    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
-    ordered = tuple(str(names[i]) for i in sorted(names))
-    return None if all(name.startswith("LABEL_") for name in ordered) else ordered
-
-
-def _input_table(base: Any) -> Any:
-    """The table of token embeddings; None for models of images or sound, some of which raise."""
-    try:
-        return base.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def limits_of(model: nn.Module) -> tuple[int | None, int | None]:
-    """(longest sample in tokens, number of token ids); `None` where unknown or unlimited."""
-    base = unwrapped(model)
-    config = getattr(base, "config", None)
-    if config is None:
-        return None, None
-    table = _input_table(base)
-    vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_encoder_position_embeddings", None)
-    positions = positions or getattr(config, "max_position_embeddings", None)
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1, so its table is that much longer
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            positions = module.num_embeddings - skipped
-    relative = getattr(config, "relative_attention", False)
-    if relative and not getattr(config, "position_biased_input", True):
-        positions = None
-    return (positions if positions and positions > 0 else None), vocabulary
-
-
-def decoder_of(model: nn.Module) -> Decoder:
-    """What an encoder-decoder's decoder takes; as much of it as the model says.
-
-    What it reads of labels is made by the model's own method, as for its own loss (MBart moves
-    the last token to the front), or by `config.decoder_start_token_id` where it has none.
-    """
-    base: Any = unwrapped(model)
-    config = getattr(base, "config", None)
-    limits = (
-        getattr(config, "max_target_positions", None),
-        getattr(config, "max_decoder_position_embeddings", None),
-        getattr(getattr(config, "decoder", None), "max_position_embeddings", None),
-        limits_of(model)[0],
-    )
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    return Decoder(
-        shifted=_shifted_of(base),
-        max_positions=next((n for n in limits if n is not None), None),
-        vocab_size=None if weight is None else len(weight),
-    )
-
-
-def _shifted_of(base: Any) -> Callable[[Tensor], Tensor] | None:
-    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
-
-        def shifted(labels: Tensor) -> Tensor:
-            found: Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels[None])[0]
-            return found
-
-    else:
-        config = getattr(base, "config", None)
-        start, pad = (getattr(config, f"{n}_token_id", None) for n in ("decoder_start", "pad"))
-        if start is None or pad is None:
-            return None
-        shifted = partial(shifted_right, start=start, pad=pad)
-    try:
-        shifted(torch.tensor([0, 1, IGNORED]))
-    except (ValueError, TypeError, RuntimeError):  # a token that its config lacks
-        return None
-    return shifted
-
-
-def segments_of(model: nn.Module) -> int | None:
-    """Number of `token_type_ids` that the model knows; `None` where that cannot be told."""
-    tables = (m for name, m in model.named_modules() if name.endswith("token_type_embeddings"))
-    return getattr(next(tables, None), "num_embeddings", None)
 
 
 def check_weights(model: nn.Module) -> None:

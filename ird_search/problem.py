@@ -28,23 +28,20 @@ from ird_search.data.sources import Source, read_source, read_validation, splits
 from ird_search.devices import resolve_device
 from ird_search.errors import DataError, IRDError, UsageError, out_of_memory
 from ird_search.fisher import label_problems
-from ird_search.models import (
-    LoadedModel,
-    check_weights,
-    decoder_of,
-    infer_task,
-    label_names_of,
-    limits_of,
-    load_model,
-    num_labels_of,
-    segments_of,
-    writes_targets,
-)
+from ird_search.models import LoadedModel, check_weights, load_model, writes_targets
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
 from ird_search.task import Classification, Task, logits_of, make_task
+from ird_search.traits import (
+    decoder_of,
+    infer_task,
+    label_names_of,
+    limits_of,
+    num_labels_of,
+    segments_of,
+)
 
 HELD_OUT_SHARE = 0.25
 """At most this share of the data is held out where no evaluation data was given."""

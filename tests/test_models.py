@@ -29,16 +29,9 @@ from ird_search.data.encoding import encode
 from ird_search.data.sources import read_source
 from ird_search.devices import resolve_device
 from ird_search.errors import ModelError, UsageError
-from ird_search.models import (
-    LoadedModel,
-    check_weights,
-    infer_task,
-    label_names_of,
-    limits_of,
-    load_model,
-    num_labels_of,
-)
+from ird_search.models import LoadedModel, check_weights, load_model
 from ird_search.task import logits_of
+from ird_search.traits import infer_task, label_names_of, limits_of, num_labels_of
 from tests.tiny import (
     TEXT_ROWS,
     VOCABULARY,

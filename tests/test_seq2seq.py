@@ -20,11 +20,12 @@ from ird_search.data.encoding import encode
 from ird_search.data.sources import read_source
 from ird_search.data.targets import Decoder, shifted_right
 from ird_search.errors import DataError, IRDError, ModelError
-from ird_search.models import decoder_of, limits_of, load_model, writes_targets
+from ird_search.models import load_model, writes_targets
 from ird_search.parameters import head_parameters
 from ird_search.problem import make_problem, open_samples
 from ird_search.samples import SampleSet
 from ird_search.task import IGNORED, CausalLM, Seq2SeqLM, logits_of, make_task
+from ird_search.traits import decoder_of, limits_of
 from tests.cases import problem
 from tests.models import FRAMES, SEQ2SEQ, WHISPER, build
 from tests.reference import fisher, relative_error
