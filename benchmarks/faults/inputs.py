@@ -480,7 +480,7 @@ def tokens() -> Iterator[Case]:
         yield from of_rows(fault, f"{name} of {value}", rows, said, formats=TYPED)
     rows = [tokenised([], label=i % 2) for i in range(40)]
     yield from of_rows(fault, "empty everywhere", rows, "40 rows", "row 0: no token", formats=TYPED)
-    million = at(3, ids(10**6))
+    million = at(3, ids(10) * 10**5)
     said = third + "1000000 tokens, but the model takes 32"
     yield from of_rows(fault, "a million", million, said, formats=TYPED, huge=True)
     cut = {"max-length": 32}

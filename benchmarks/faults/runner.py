@@ -1,11 +1,13 @@
 """Real processes that run the command line, fast enough for hundreds: a warm one that forks.
 
 The warm process has imported everything and has used no thread yet, so that each child starts in
-milliseconds, does what `ird-search` does, and can be killed like any other process.
+milliseconds, does what `ird-search` does, and can be killed like any other process. What it holds
+is never garbage: children look for none there, and share its pages.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -43,12 +45,19 @@ class Ended:
 
 
 class Runner:
-    """A warm process; use it as a context."""
+    """A warm process; use it as a context.
+
+    Args:
+        model: the directory of a classifier, which it has loaded once.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
 
     def __enter__(self) -> Runner:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.faults.runner"],
+            [sys.executable, "-m", "benchmarks.faults.runner", str(self._model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -92,16 +101,29 @@ class Runner:
         return Ended(**json.loads(back.readline()))
 
 
-def _serve(asked_of: IO[str], answers: IO[str]) -> None:
+def _serve(model: str, asked_of: IO[str], answers: IO[str]) -> None:
     """Fork a child for each line."""
+    gc.disable()
     for name in WARM:
         import_module(name)
     import_module("torch").set_num_threads(1)
     with TemporaryDirectory() as folder:  # imports what a database needs
         import_module("ird_search.study").Study(Path(folder) / "study.db")
+    _load(model)
+    gc.freeze()
+    gc.enable()
     for line in asked_of:
         answers.write(json.dumps(_child(json.loads(line))) + "\n")
         answers.flush()
+
+
+def _load(model: str) -> None:
+    """Import what a model and its tokenizer need, without a thread, and without a word to CUDA."""
+    transformers = import_module("transformers")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    transformers.AutoTokenizer.from_pretrained(model)
+    del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 
 def _child(asked: dict[str, Any]) -> dict[str, Any]:
@@ -206,4 +228,4 @@ def _read(descriptor: int) -> str:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    _serve(sys.stdin, answers)
+    _serve(sys.argv[1], sys.stdin, answers)

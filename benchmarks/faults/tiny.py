@@ -57,7 +57,7 @@ class Bench:
 @contextmanager
 def bench() -> Iterator[Bench]:
     """A tiny problem, a warm process, and what it gives when nothing goes wrong."""
-    with tiny_problem() as place, Runner() as runner:
+    with tiny_problem() as place, Runner(place / "model") as runner:
         ended = [runner.run(command(place, place / name)) for name in ("whole", "again")]
         if any(end.code for end in ended) or same_files(place / "again", place / "whole"):
             raise RuntimeError(f"An undisturbed run fails: {ended[0].err}")
