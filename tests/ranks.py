@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def in_two_processes(work: Callable[..., Any], directory: Path, *arguments: Any)
 
 def _fork(_: int, *arguments: Any) -> None:
     """From a fresh process, which has imported everything (once) and started no thread yet."""
+    gc.freeze()
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=RANKS, start_method="fork")
 
 
