@@ -17,20 +17,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForSpeechSeq2Seq,
-    AutoTokenizer,
-)
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import random_state_kept, unwrapped
@@ -38,13 +27,15 @@ from ird_search.data.values import told
 from ird_search.errors import ModelError, UsageError, nearest, out_of_memory
 from ird_search.traits import is_seq2seq
 
-LOADERS: dict[str, Any] = {
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "image-classification": AutoModelForImageClassification,
+LOADERS = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
 }
+"""Named, since transformers imports all that a model needs with the first of its classes: who
+passes an `nn.Module` does without."""
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOWN = 10
 """Tensors that a message lists."""
@@ -152,20 +143,23 @@ def writes_targets(
     where = {} if revision is None else {"revision": revision}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(_place(model), trust_remote_code=False, **where)
+            config = transformers.AutoConfig.from_pretrained(
+                _place(model), trust_remote_code=False, **where
+            )
     except (ModelError, *LOAD_ERRORS):
         return False  # told when it is loaded
     pretrained = not any("Classification" in str(a) for a in config.architectures or ())
     return None if pretrained and _seq2seq_loader(config) is not None else False
 
 
-def _seq2seq_loader(config: Any) -> Any:
+def _seq2seq_loader(config: Any) -> str | None:
     """Who loads the encoder-decoder of this config; `None` where it is none."""
     if not getattr(config, "is_encoder_decoder", False):
         return None
-    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return AutoModelForSeq2SeqLM
-    return AutoModelForSpeechSeq2Seq if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else None
+    if type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return "AutoModelForSeq2SeqLM"
+    speech = type(config) in transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return "AutoModelForSpeechSeq2Seq" if speech else None
 
 
 def check_weights(model: nn.Module) -> None:
@@ -225,9 +219,9 @@ def _load(
     if revision is None:
         del where["revision"]
     try:
-        config = AutoConfig.from_pretrained(name, **where)
+        config = transformers.AutoConfig.from_pretrained(name, **where)
         loader = (task == "seq2seq" and _seq2seq_loader(config)) or LOADERS[task]
-        model, report = loader.from_pretrained(
+        model, report = getattr(transformers, loader).from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
@@ -290,8 +284,9 @@ def _why(name: str, error: BaseException, task: str) -> str:
 
 
 def _load_processor(name: str, task: str, revision: str | None) -> Any:
-    loader: Any = AutoImageProcessor if task == "image-classification" else AutoTokenizer
-    what = "image processor" if loader is AutoImageProcessor else "tokenizer"
+    pictures = task == "image-classification"
+    loader: Any = transformers.AutoImageProcessor if pictures else transformers.AutoTokenizer
+    what = "image processor" if pictures else "tokenizer"
     where = {} if revision is None else {"revision": revision}
     try:
         processor = loader.from_pretrained(name, trust_remote_code=False, **where)
@@ -303,7 +298,7 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
             f"No {what} could be loaded from {name!r} ({reason}). Pass one as `processor`."
         ) from error
     special = getattr(processor, "all_special_tokens", ())
-    if loader is AutoTokenizer and len(processor) <= len(special):
+    if not pictures and len(processor) <= len(special):
         # without vocabulary files an empty tokenizer comes back, which maps all words to unknown
         raise ModelError(f"{name!r} holds no tokenizer. Pass one as `processor`.")
     return processor

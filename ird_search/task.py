@@ -14,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 
 from ird_search.errors import ModelError, UsageError
@@ -134,7 +133,7 @@ class Regression(Task):
         predicted, gold = summary.reshape(-1).cpu().numpy(), labels.cpu().numpy()
         return {
             "pearson": _correlation(predicted, gold),
-            "spearman": _correlation(stats.rankdata(predicted), stats.rankdata(gold)),
+            "spearman": _correlation(_ranks(predicted), _ranks(gold)),
             "mse": float(np.square(predicted.astype(np.float64) - gold).mean()),
         }
 
@@ -261,11 +260,18 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.astype(float), b.astype(float))[0, 1])
 
 
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    from scipy.stats import rankdata  # half a second, for who needs it
+
+    return rankdata(values)
+
+
 def _auc(margin: np.ndarray, gold: np.ndarray) -> float:
     """Area under the ROC curve by ranks (ties count half); ½ where one class is missing."""
     positives = int((gold == 1).sum())
     negatives = gold.size - positives
     if not positives or not negatives:
         return 0.5
-    ranks = stats.rankdata(margin)[gold == 1].sum()
+    ranks = _ranks(margin)[gold == 1].sum()
     return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))

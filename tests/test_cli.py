@@ -200,6 +200,21 @@ except SystemExit as end:
     assert "Usage: ird-search" in done.stdout
 
 
+@pytest.mark.slow
+def test_who_brings_a_module_does_not_wait_for_the_models_of_transformers() -> None:
+    code = """
+import sys
+import torch
+from ird_search import finetune, search_mask
+from ird_search.fisher.vmap import traceable_attention
+with traceable_attention(torch.nn.Linear(2, 1)):
+    heavy = {"transformers.modeling_utils", "scipy.stats"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_setting_is_an_option_with_its_help() -> None:
     text = " ".join(call("run", "--help").stdout.split())
     for config in (SearchConfig, DataConfig):

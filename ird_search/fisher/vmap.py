@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ird_search.fisher.engine import Contribution, all_finite, parameters_of
 from ird_search.fisher.gradients import Dense
@@ -88,11 +86,7 @@ class _Called(nn.Module):
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The stock sdpa mask, never left out: whether to leave it out is read from its values."""
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-AttentionMaskInterface.register(ATTENTION, _mask)
+    return transformers.AttentionMaskInterface()["sdpa"](*args, **kwargs)
 
 
 @contextmanager
@@ -103,9 +97,12 @@ def traceable_attention(model: nn.Module) -> Iterator[None]:
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, PreTrainedModel) or not getattr(base, "_supports_sdpa", False):
+    can = getattr(base, "_supports_sdpa", False)
+    if not can or not isinstance(base, transformers.PreTrainedModel):
         yield
         return
+    transformers.AttentionInterface.register(ATTENTION, transformers.AttentionInterface()["sdpa"])
+    transformers.AttentionMaskInterface.register(ATTENTION, _mask)
     before = base.config._attn_implementation
     base.set_attn_implementation(ATTENTION)
     try:
