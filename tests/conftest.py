@@ -23,6 +23,13 @@ def pytest_collection() -> Generator[None, Any, Any]:
         gc.enable()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """Nor among what the tests before have imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Seed torch; one thread, so that the last bits do not depend on the machine."""
