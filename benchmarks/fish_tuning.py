@@ -1,6 +1,6 @@
 """FISH-Tuning (arXiv 2504.04050) on real text: which entries of LoRA should be trained?
 
-    python benchmarks/fish_tuning.py --model MODEL --train train.parquet --eval validation.parquet
+    python -m benchmarks.fish_tuning --model MODEL --train train.parquet --eval validation.parquet
 
 LoRA of rank 8 is trained through masks that keep as many entries as LoRA of rank 2 has: the
 largest Fisher scores with a budget for each factor, with one budget for both, at B = 0; random
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import RESULTS, write_result
 from scipy import stats
 from torch import Tensor, nn
 
+from benchmarks.record import RESULTS, write_result
 from ird_search.borrow import borrowed
 from ird_search.budgets import Budgets
 from ird_search.candidate import Candidate

@@ -3,6 +3,7 @@ were made with."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
 def peak_of(call: Callable[[], object]) -> float:
     """MB that a call needs on top of what is resident before it (Linux)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator still holds would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     call()
