@@ -37,12 +37,14 @@ class Case:
     Args:
         reason: what would go wrong here and nowhere else.
         path: the path that `method="auto"` is to end on.
+        needs: a package without which it cannot be made.
     """
 
     name: str
     reason: str
     make: Callable[[], Problem]
     path: str = "taps"
+    needs: str = ""
 
 
 def problem(
@@ -219,7 +221,7 @@ CASES = (
     Case("bert-sdpa", "padded rows, fused attention, broadcast positions", lambda: _bert("sdpa")),
     Case("gpt2", "transposed weights; a table tied to the output; prompts", _gpt2),
     Case("llama", "RMSNorm by the general rule, grouped queries, rotary positions", _llama),
-    Case("vit", "a class token that no module's output shows", _vit, "taps+vmap"),
+    Case("vit", "a class token that a module with children holds", _vit),
     Case("lora", "adapters inside wrapped modules, everything else frozen", _lora),
     Case("regression", "one number a sample", _regression),
     Case("frozen", "a part that takes no gradient", _frozen),

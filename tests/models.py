@@ -148,6 +148,11 @@ def gpt2(attention: str) -> Problem:
     return language_model("GPT2LMHeadModel", settings | {"eos_token_id": 2}, attention)
 
 
+def opt(attention: str) -> Problem:
+    sizes = {"ffn_dim": 24, "word_embed_proj_dim": 8}
+    return language_model("OPTForCausalLM", DECODER | sizes, attention)
+
+
 def gemma3(attention: str) -> Problem:
     """A layer that sees four tokens back, and one that sees all."""
     window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -173,6 +178,11 @@ def t5(attention: str) -> Problem:
 def bart(attention: str) -> Problem:
     limits = {"max_position_embeddings": 32}
     return seq2seq("BartForConditionalGeneration", SEQ2SEQ | limits, attention)
+
+
+def blenderbot(attention: str) -> Problem:
+    limits = {"max_position_embeddings": 32}
+    return seq2seq("BlenderbotForConditionalGeneration", SEQ2SEQ | limits, attention)
 
 
 def vit(attention: str) -> Problem:
@@ -265,6 +275,30 @@ def bottleneck(base: Callable[[], Problem], last: str) -> Problem:
     return problem(plain.model, plain.task, plain.samples)
 
 
+def four_bit(base: Callable[[], Problem]) -> Problem:
+    """All linear layers but the last quantised; nothing left to learn."""
+    from bitsandbytes.nn import Linear4bit
+
+    plain = base()
+    for name, module in list(plain.model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            layer = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.float32,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(module.state_dict())
+            # Where the processor has AVX512-BF16, the first pass without gradients would pack the
+            # weights into a form that none flows through.
+            layer.support_avx512bf16_for_cpu = False
+            parent, _, own = name.rpartition(".")
+            setattr(plain.model.get_submodule(parent), own, layer.to("cpu"))  # this quantises it
+    plain.model.requires_grad_(False)
+    return plain
+
+
 def _move(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
@@ -322,29 +356,29 @@ MODELS = (
     *both("gpt2", "transposed weights, a tied table", gpt2),
     *both("llama", "RMSNorm, grouped queries", llama),
     *both("qwen3", "norms of queries and keys", qwen3),
+    *both("opt", "positions counted from the mask, with an offset", opt),
     *both("gemma3", "a sliding window, scaled embeddings", gemma3),
     *both("mixtral", "a router, experts fused in one tensor", mixtral),
     *both("qwen3-moe", "a router, experts fused in one tensor", qwen3_moe),
     *both("t5", "relative positions in a table, no biases", t5, "taps+vmap"),
-    *both("bart", "an encoder and a decoder with one table", bart, "taps+vmap"),
-    *both("vit", "a class token and positions that no module's output shows", vit, "taps+vmap"),
+    *both("bart", "an encoder and a decoder with one table", bart),
+    *both("blenderbot", "positions without an axis of samples", blenderbot),
+    *both("vit", "a class token and positions that a module with children holds", vit),
     Case("resnet", "BatchNorm in evaluation mode, convolutions", resnet),
     *both("whisper-audio-class", "Conv1d over frames", whisper_classifier),
-    *both("whisper-seq2seq", "frames in, text out, fixed positions", whisper, "taps+vmap"),
+    *both("whisper-seq2seq", "frames in, text out, positions by their ids", whisper),
     *both("wav2vec2", "raw audio, a weight-normed convolution", wav2vec2, "taps+vmap"),
-    Case("mamba", "a selective scan; weights used without their module", mamba, "taps+vmap"),
+    Case("mamba", "a selective scan; weights used without their module", mamba),
     Case("bert-lora", "low rank", lambda: added(partial(bert, "sdpa"), lambda: lora(**OF_BERT))),
     Case(
         "bert-dora",
         "a norm of the merged weight",
         lambda: added(partial(bert, "sdpa"), lambda: lora(use_dora=True, **OF_BERT)),
-        "vmap",
     ),
     Case(
         "bert-ia3",
         "a factor for every feature",
         lambda: added(partial(bert, "sdpa"), lambda: ia3(["key", "value"], ["output.dense"])),
-        "vmap",
     ),
     Case(
         "bert-bottleneck", "plain layers", lambda: bottleneck(partial(bert, "sdpa"), "output.dense")
@@ -354,13 +388,17 @@ MODELS = (
         "llama-dora",
         "a norm of the merged weight",
         lambda: added(partial(llama, "sdpa"), lambda: lora(use_dora=True, **OF_LLAMA)),
-        "vmap",
     ),
     Case(
         "llama-ia3",
         "a factor for every feature",
         lambda: added(partial(llama, "sdpa"), lambda: ia3(["k_proj", "v_proj"], ["down_proj"])),
-        "vmap",
+    ),
+    Case(
+        "llama-4bit-lora",
+        "low rank on a quantised base",
+        lambda: added(lambda: four_bit(partial(llama, "sdpa")), lambda: lora(**OF_LLAMA)),
+        needs="bitsandbytes",
     ),
     Case(
         "llama-bottleneck", "plain layers", lambda: bottleneck(partial(llama, "sdpa"), "down_proj")

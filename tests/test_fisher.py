@@ -682,23 +682,23 @@ def test_half_precision_weights_are_summed_in_float32(method: str) -> None:
     assert relative_error(many_sums.columns, found.columns) <= 1e-2
 
 
-class Scale(nn.Module):
-    """A module of one's own, with a child, which the general rule leaves alone."""
+class Mixed(nn.Module):
+    """A module of one's own, with a child, and a weight larger than what it answers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(5))
+        self.weight = nn.Parameter(torch.randn(5, 5))
         self.act = nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) * self.weight
+        return self.act(x) @ self.weight
 
 
 def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
-    p = problem(nn.Sequential(Scale(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
+    p = problem(nn.Sequential(Mixed(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
     assert engine_of(p).path == "taps+vmap"
-    register_rule(Scale, lambda module, a, g: {"weight": Dense(module.act(a) * g)})
+    register_rule(Mixed, lambda m, a, g: {"weight": Outer(m.act(a)[:, None], g[:, None])})
     m = matrix_of(p)
     assert m.engine.path == "taps"
     check_matrix(m, _truth(p))
@@ -706,10 +706,223 @@ def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
-    register_rule(Scale, lambda module, a, g: {"weight": Dense(a * g)})
-    p = problem(nn.Sequential(Scale(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
+    register_rule(Mixed, lambda m, a, g: {"weight": Outer(a[:, None], g[:, None])})
+    p = problem(nn.Sequential(Mixed(), nn.Linear(5, 2)), Classification(2), vectors(5, classes=2))
     engine, told = fallbacks(p)
     assert (engine.path, len(told)) == ("vmap", 1)
+
+
+# --- modules that are called again ---------------------------------------------------------------
+
+
+class Positions(nn.Embedding):
+    """BART's: an offset, and an axis of samples that comes from the shape alone."""
+
+    def forward(self, ids: Tensor, past: int = 0) -> Tensor:
+        at = torch.arange(past, past + ids.shape[1]).expand(len(ids), -1)
+        return super().forward(at + 2)
+
+
+class Sliced(nn.Embedding):
+    """No axis of samples, and a padding row that learns: no embedding function knows of it."""
+
+    def forward(self, ids: Tensor, past: int = 0) -> Tensor:
+        return self.weight[past : past + ids.shape[1]]
+
+
+class Counted(nn.Embedding):
+    """OPT's: positions counted from what is not padding, scaled."""
+
+    def forward(self, ids: Tensor, past: int = 0) -> Tensor:
+        return 3.5 * super().forward((ids > 0).cumsum(1) * (ids > 0) + past)
+
+
+class Lengths(nn.Embedding):
+    """Row v twice as long as the one before: a scale of the row, not of the table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids % 5) * 2.0 ** (ids % 5)[..., None]
+
+
+class Normed(nn.Embedding):
+    """Rows of length one: s depends on the table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+class Shifted(nn.Embedding):
+    """W[i] + 1 is no multiple of a row."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + 1
+
+
+class Centred(nn.Embedding):
+    """Columns that see one another, in a linear way."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows - rows.mean(-1, keepdim=True)
+
+
+class Bags(nn.Embedding):
+    """Two rows for a token."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + super().forward(ids + 1)
+
+
+class Read(nn.Module):
+    """Words, and another table beside them."""
+
+    def __init__(self, table: nn.Embedding, *more: object) -> None:
+        super().__init__()
+        self.words, self.table, self.out = nn.Embedding(40, 6), table, nn.Linear(6, 2)
+        self.more = more
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        ids, mask = input_ids * attention_mask, attention_mask[..., None]
+        x = torch.tanh(self.words(ids) + self.table(ids, *self.more))
+        return self.out((x * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("table", "more", "form"),
+    [
+        (Positions(20, 6), (), Lookup),
+        (Positions(20, 6), (3,), Lookup),
+        (Sliced(20, 6), (), Lookup),
+        (Sliced(20, 6, padding_idx=1), (1,), Lookup),
+        (Counted(20, 6, padding_idx=2), (1,), Lookup),
+        (Lengths(5, 6), (), Lookup),
+        (Lengths(5, 6, padding_idx=1), (), Lookup),
+        (Counted(20, 6, scale_grad_by_freq=True), (0,), Dense),
+        (Normed(40, 6), (), Dense),
+        (Shifted(40, 6), (), Dense),
+        (Centred(40, 6), (), Dense),
+        (Bags(41, 6), (), Dense),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_tables_that_are_read_in_ways_of_their_own(
+    table: nn.Embedding, more: tuple[object, ...], form: type[SampleGradients]
+) -> None:
+    p = problem(Read(table, *more), Classification(2), texts())
+    m = matrix_of(p)
+    assert m.engine.path == "taps"
+    (c,) = m.engine.gradients(p.samples.batch(range(6)))
+    assert type(c.tensors["table.weight"]) is form
+    check_matrix(m, _truth(p))
+
+
+def test_positions_without_samples_when_every_row_is_one_token_long() -> None:
+    """[T, d] = [1, d] looks like a broadcast row of samples."""
+    p = problem(Read(Sliced(20, 6)), Classification(2), texts())
+    engine = engine_of(p)
+    short = p.samples.batch([1])
+    one = Batch(
+        {k: v[:, :1].repeat(3, 1) for k, v in short.inputs.items()},
+        torch.arange(3) % 2,
+        short.rows.repeat(3),
+    )
+    (ours,) = engine.gradients(one)
+    for row, theirs in enumerate(Loop(p.model, p.task, p.space.names).gradients(one)):
+        for name, g in theirs.tensors.items():
+            torch.testing.assert_close(ours.tensors[name].dense()[row], g.dense()[0])
+
+
+class Held(nn.Module):
+    """Parameters of its own, in a dictionary and tied to a child's, beside children that learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.act = nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()
+        self.factors = nn.ParameterDict({"one": nn.Parameter(torch.randn(4))})
+        self.scale = self.norm.weight
+
+    def forward(self, x: Tensor, mask: Tensor, *, power: int = 1) -> Tensor:
+        return self.act(self.norm(self.inner(x))) * self.factors["one"] ** power * self.scale + mask
+
+
+class Holds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.held, self.out = nn.Linear(4, 4), Held(), nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.first(input)
+        return self.out(self.held(self.held(x, x.relu(), power=2), x))
+
+
+class Probes(nn.Module):
+    """A layer that is also asked for its weight, as DoRA does: no gradient flows back there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = self.layer(torch.eye(4)).detach().norm()
+        return self.out(torch.tanh(self.layer(input)) / size)
+
+
+@pytest.mark.parametrize("model", [Holds, Probes])
+def test_modules_with_parameters_of_their_own(model: type[nn.Module]) -> None:
+    p = problem(model(), Classification(2), vectors(4, classes=2))
+    m = matrix_of(p)
+    assert m.engine.path == "taps"
+    check_matrix(m, _truth(p))
+
+
+class Squared(torch.autograd.Function):
+    """An operation that `torch.func` refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Squared.apply(x)
+
+
+def test_an_operation_that_knows_plain_autograd_alone() -> None:
+    """As 4-bit linear layers, and many fused kernels, are written."""
+    model = nn.Sequential(nn.Linear(4, 4), Square(), nn.Linear(4, 2))
+    p = problem(model, Classification(2), vectors(4, classes=2))
+    m = matrix_of(p)
+    assert m.engine.path == "taps"
+    check_matrix(m, _truth(p))
+    assert all(w.requires_grad and w.grad is None for w in p.model.parameters())
+    with pytest.warns(FallbackWarning, match="setup_context"):
+        assert engine_of(p, "vmap").path == "loop"
+
+
+class Branching(nn.Module):
+    """A factor that vmap cannot reach, in a module that branches on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.act = nn.Parameter(torch.randn(4)), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * self.factor if x.sum().item() < 1e9 else x
+
+
+def test_a_module_that_cannot_be_called_again_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Branching(), nn.Linear(4, 2))
+    p = problem(model, Classification(2), vectors(4, classes=2))
+    taps = Taps(p.model, p.task, p.space.names, example=p.samples.batch(range(6)))
+    assert taps.uncovered == ("1.factor",)
+    engine, told = fallbacks(p)
+    assert engine.path == "loop" and len(told) == 1
 
 
 def test_a_reparametrised_weight() -> None:

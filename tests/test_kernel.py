@@ -32,7 +32,7 @@ def fresh() -> Iterator[None]:
 
 
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernel_checks.py", "--no-header"]
     done = subprocess.run(
         command,
@@ -51,7 +51,7 @@ def test_it_compiles_for_gpus_that_are_not_here(
     dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With everything that is asked for: sums, means and scores within a mask."""
-    triton = pytest.importorskip("triton", reason="Triton is there on Linux only")
+    triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux)")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -121,13 +121,16 @@ def test_by_default_the_bits_are_those_of_the_engine_alone(name: str, method: st
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("vit", "auto"), *((n, m) for n in ("mlp", "bert-sdpa") for m in ("auto", "vmap", "loop"))],
+    [
+        ("tokens-first", "auto"),
+        *((n, m) for n in ("mlp", "bert-sdpa") for m in ("auto", "vmap", "loop")),
+    ],
 )
 def test_expected_equals_a_loop_over_labels(name: str, method: str) -> None:
     p = named(name)
     m = opened(p, fisher="expected", method=method)
     assert m.engine.path == (
-        method if method != "auto" else "taps+vmap" * (name == "vit") or "taps"
+        method if method != "auto" else "taps+vmap" * (name == "tokens-first") or "taps"
     )
     check(m, by_row(p, over_classes))
 

@@ -119,10 +119,11 @@ def _build(
     """
     if path == "vmap":
         return VMap(model, task, space.names)
-    cautious = path == "cautious taps"
-    taps = Taps(model, task, space.names, example=example, cautious=cautious)
-    if cautious and not taps.doubtful:
-        return None
+    taps = Taps(model, task, space.names, example=example)
+    if path == "cautious taps":
+        if not taps.doubtful:
+            return None
+        taps = Taps(model, task, space.names, example=example, cautious=True)
     if not taps.uncovered:
         return taps
     log.info("No tap reaches %s; vmap computes these.", ", ".join(taps.uncovered))

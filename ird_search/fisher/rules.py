@@ -4,20 +4,24 @@ A *tap* is a zero added to a module's output. Its gradient is the output gradien
 sample at once; with the module's input a[b, …] it determines the per-sample gradient of each of the
 module's own parameters. A rule writes down how, for one kind of module.
 
-`register_rule` adds a rule for a module of your own. A module with parameters but no children, one
-tensor in and tensors out, needs none: the general rule takes its vector-Jacobian product with
-`torch.func.vmap`.
+`register_rule` adds a rule for a module of your own. Most modules need none: `again` calls them
+once more, as the model did, and learns so which rows of a table were read, or takes their
+vector-Jacobian product with `torch.func.vmap`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from ird_search.fisher.gradients import Dense, Lookup, Outer, Routed, SampleGradients
@@ -29,6 +33,42 @@ A tuple of tensors where the module is called with several, or answers with seve
 """
 
 _RULES: dict[type[nn.Module], Rule] = {}
+
+Place = int | str
+"""Where a module is given something: a position, or a name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a module was called with.
+
+    Args:
+        given: by place.
+        moving: places of the tensors that have samples first, with one line each or several.
+    """
+
+    given: Mapping[Place, Any]
+    moving: frozenset[Place] = frozenset()
+
+    @property
+    def tensors(self) -> dict[Place, Tensor]:
+        """The tensors among it."""
+        return {place: v for place, v in self.given.items() if isinstance(v, Tensor)}
+
+    def having(self, tensors: Mapping[Place, Any]) -> Call:
+        """The same call with others at some places."""
+        return replace(self, given={**self.given, **tensors})
+
+    def answer(self, module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the module answers with these weights: its floating-point tensors.
+
+        A weight that is tied to one of them keeps its own value.
+        """
+        args = tuple(self.given[p] for p in sorted(p for p in self.given if isinstance(p, int)))
+        kwargs = {p: v for p, v in self.given.items() if isinstance(p, str)}
+        out = functional_call(module, dict(weights), args, kwargs, tie_weights=False)
+        outs = out if isinstance(out, tuple) else (out,)
+        return tuple(y for y in outs if isinstance(y, Tensor) and y.is_floating_point())
 
 
 def register_rule(kind: type[nn.Module], rule: Rule) -> None:
@@ -49,13 +89,10 @@ def register_rule(kind: type[nn.Module], rule: Rule) -> None:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a module, or None where only its children have one."""
+    """The rule written for a module, or None where it is to be called again."""
     if rule := _RULES.get(type(module)):
         return rule
-    if _is_fused_experts(module):
-        return experts
-    has_children = next(module.children(), None) is not None
-    return None if has_children else general
+    return experts if _is_fused_experts(module) else None
 
 
 def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
@@ -73,7 +110,7 @@ def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
     """y_t = W[ids_t]: row ids_t of G receives g_t; the padding row receives nothing."""
     if module.scale_grad_by_freq:
-        return general(module, a, g)
+        return _alone(module, a, g)
     padding = module.padding_idx
     ids = a.flatten(1) if padding is None else a.flatten(1).masked_fill(a.flatten(1) == padding, -1)
     return {"weight": Lookup(ids, g.flatten(1, -2), module.num_embeddings)}
@@ -92,7 +129,7 @@ def layer_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
 def conv2d(module: Any, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
     """A convolution is a linear layer over patches: a unfolded to [B, places, c·kh·kw]."""
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return general(module, a, g)
+        return _alone(module, a, g)
     patches = F.unfold(
         a.float(), module.kernel_size, module.dilation, module.padding, module.stride
     )
@@ -140,22 +177,80 @@ def _is_fused_experts(module: Any) -> bool:
     )
 
 
-def general(module: Any, a: Tensor, g: Any) -> dict[str, SampleGradients]:
-    """Any module without children: vmap of its own vector-Jacobian product over the samples."""
-    weights = {name: p.detach() for name, p in module.named_parameters()}
+def again(
+    module: nn.Module, call: Call, g: tuple[Tensor, ...], names: Sequence[str]
+) -> dict[str, SampleGradients]:
+    """The gradients of a module's parameters, and of its children's, by calling it once more.
 
-    def pull(one: Tensor, outs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        def called(w: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            answer = functional_call(module, w, (one[None],))
-            answers = answer if isinstance(answer, tuple) else (answer,)
-            return tuple(y for y in answers if y.is_floating_point())
+    Args:
+        g: the gradients of its answers, each [B, …].
+        names: the parameters wanted, by the module's own names.
+    """
+    read = None
+    if isinstance(module, nn.Embedding) and [*names] == ["weight"]:
+        read = table(module, call, g[0])
+    return read or general(module, call, g, names)
 
-        values, back, *_ = vjp(called, weights)
+
+def table(module: nn.Embedding, call: Call, g: Tensor) -> dict[str, SampleGradients] | None:
+    """An embedding table read in a way of its own, y_t = s_t W[i_t]; None for any other use.
+
+    Positions with an offset or counted from a mask, scaled words: with the columns 1, i and sin i
+    in its place the answer is (s, s·i, s·sin i), and twice that with twice these. The rows to which
+    something flows back are those that learn: a padding row does not.
+    """
+    rows = module.weight.shape[0]
+    number = torch.arange(rows, dtype=torch.float64, device=module.weight.device)
+    known = torch.stack([torch.ones_like(number), number, number.sin()], 1)
+    (y,), back, *_ = vjp(lambda w: call.answer(module, {"weight": w}), known)
+    scale = y[..., 0]
+    ids = (y[..., 1] / scale).nan_to_num().round().long().clamp(0, rows - 1)
+    read = scale[..., None] * known[ids]
+    (twice,) = call.answer(module, {"weight": 2 * known})
+    if not (torch.allclose(y, read, rtol=1e-6) and torch.allclose(twice, 2 * read, rtol=1e-6)):
+        return None
+    flown = back((torch.stack([scale, 0 * scale, 0 * scale], -1),))[0][:, 0]  # Σ s² of a row's
+    sent = torch.zeros_like(number).index_add_(0, ids.flatten(), scale.flatten().square())
+    learns = flown != 0
+    if not torch.allclose(flown, sent * learns, rtol=1e-6):
+        return None
+    left = g.flatten(1, -2)
+    lines = (-1, left.shape[1])  # one where all samples read alike
+    ids = ids.masked_fill(~learns[ids], -1).reshape(lines).expand(left.shape[:2])
+    (scale,) = call.answer(module, {"weight": known[:, :1].to(module.weight.dtype)})  # as rounded
+    return {"weight": Lookup(ids, left * scale.reshape(lines)[..., None], rows)}
+
+
+def general(
+    module: nn.Module, call: Call, g: tuple[Tensor, ...], names: Sequence[str]
+) -> dict[str, SampleGradients]:
+    """Any module: vmap of its own vector-Jacobian product over the samples."""
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    size = g[0].shape[0]
+    moving = {p: x.unflatten(0, (size, -1)) for p, x in call.tensors.items() if p in call.moving}
+
+    def pull(instead: dict[Place, Tensor], outs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        values, back, *_ = vjp(lambda w: call.having(instead).answer(module, w), weights)
         return back(tuple(out.reshape(y.shape) for out, y in zip(outs, values, strict=True)))[0]
 
-    outs = g if isinstance(g, tuple) else (g,)
-    gradients = vmap(pull, randomness="different")(a, outs)
+    with batchable():
+        gradients = vmap(pull, randomness="different")(moving, g)
     return {name: Dense(grad.flatten(1).float()) for name, grad in gradients.items()}
+
+
+def _alone(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, SampleGradients]:
+    """The general rule for a module that is called with one tensor."""
+    own = [name for name, _ in module.named_parameters()]
+    return general(module, Call({0: a}, frozenset({0})), (g,), own)
+
+
+@contextmanager
+def batchable() -> Iterator[None]:
+    """Operations that vmap can take: the fused kernels of attention have no batching rule."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # Another one without such a rule is run row by row: slower, and right.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ird_search.fisher.engine import Contribution, all_finite, parameters_of
 from ird_search.fisher.gradients import Dense
+from ird_search.fisher.rules import batchable
 from ird_search.samples import Batch
 from ird_search.task import Task, logits_of
 
@@ -41,8 +40,7 @@ class VMap:
         self.chunk = chunk or max(1, min(8, CHUNK_BYTES // (4 * entries)))
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
-        # The fused attention kernels have no batching rule; the one written in plain products has.
-        with traceable_attention(self.model), sdpa_kernel(SDPBackend.MATH):
+        with traceable_attention(self.model), batchable():
             for start in range(0, len(batch), self.chunk):
                 yield self._chunk(batch, slice(start, min(start + self.chunk, len(batch))))
 
@@ -61,12 +59,9 @@ class VMap:
             return self.task.log_likelihood(logits, label[None]).sum()
 
         inputs = {key: value[part] for key, value in batch.inputs.items()}
-        with warnings.catch_warnings():
-            # An operation without a batching rule is run row by row: slower, and right.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            gradients, values = vmap(
-                grad_and_value(log_likelihood), in_dims=(None, 0, 0), randomness="different"
-            )(chosen, inputs, batch.labels[part])
+        gradients, values = vmap(
+            grad_and_value(log_likelihood), in_dims=(None, 0, 0), randomness="different"
+        )(chosen, inputs, batch.labels[part])
         rows = [g.flatten(1) for g in gradients.values()]
         tensors = {name: Dense(g) for name, g in zip(gradients, rows, strict=True)}
         return Contribution(part, dict(tensors), all_finite([values, *rows], values.numel()))
