@@ -553,7 +553,7 @@ def test_a_model_that_branches_on_values_ends_on_the_loop() -> None:
     assert engine.path == "loop"
     (one,) = told  # one warning, which names both
     assert one.startswith("On ByValue the Fisher path 'loop' is used: 'taps' ")
-    assert "; 'vmap' fails: RuntimeError: vmap" in one
+    assert "; 'vmap' fails in the model (ByValue): RuntimeError: vmap" in one
     check_matrix(FisherMatrix(engine, p.samples, p.space, cache_bytes=0), _truth(p))
 
 
@@ -923,6 +923,10 @@ def test_a_module_that_cannot_be_called_again_is_left_out() -> None:
     assert taps.uncovered == ("1.factor",)
     engine, told = fallbacks(p)
     assert engine.path == "loop" and len(told) == 1
+    for path in ("taps", "vmap"):
+        assert f"{path!r} fails in 1 (Branching): RuntimeError: vmap" in told[0]
+    hooks = [h for m in p.model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    assert not any(hooks)
 
 
 def test_a_reparametrised_weight() -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -84,16 +84,19 @@ def make_engine(
     first = {"auto": 0, "taps": 0, "vmap": 2, "loop": 3}[method]
     reasons = []
     for path in order[first:]:
+        running: list[str] = []
         try:
-            if (engine := _build(path, model, task, space, example)) is None:
-                continue
-            with _full_precision():
-                error, allowed = self_check(engine, loop, example)
+            with _listed(model, running):
+                if (engine := _build(path, model, task, space, example)) is None:
+                    continue
+                with _full_precision():
+                    error, allowed = self_check(engine, loop, example)
         except Exception as problem:
             if out_of_memory(problem):
                 raise
             told = (str(problem).splitlines() or ["no message"])[0][:200]
-            reasons.append(f"{path!r} fails: {type(problem).__name__}: {told}")
+            where = f" in {running[-1]}" if running else ""
+            reasons.append(f"{path!r} fails{where}: {type(problem).__name__}: {told}")
         else:
             if error <= allowed:
                 log.info("Fisher path %s, error against the loop %.1e", engine.path, error)
@@ -129,6 +132,25 @@ def _build(
     log.info("No tap reaches %s; vmap computes these.", ", ".join(taps.uncovered))
     rest = VMap(model, task, taps.uncovered)
     return Joined(taps, rest) if taps.names else rest
+
+
+@contextmanager
+def _listed(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep a list of the modules that are running, the innermost last; an error leaves it as is."""
+
+    def enters(told: str) -> None:
+        running.append(told)
+
+    def leaves() -> None:
+        running.pop()
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            told = f"{name or 'the model'} ({type(module).__name__})"
+            before = module.register_forward_pre_hook(lambda *_, told=told: enters(told))
+            stack.callback(before.remove)
+            stack.callback(module.register_forward_hook(lambda *_: leaves()).remove)
+        yield
 
 
 @contextmanager
