@@ -263,8 +263,8 @@ class FisherMatrix:
         self, rows: Tensor, within: Tensor | None, *, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sums over a mask's columns for each sample, and over the rows for all columns."""
-        squares = torch.zeros(self.space.numel, device=self.device)
-        means = torch.zeros_like(squares) if mean else None
+        squares = torch.empty(self.space.numel, device=self.device)  # the pass puts sums to zero
+        means = torch.empty_like(squares) if mean else None
         flat, signed = self._by_name(squares), {} if means is None else self._by_name(means)
         masks = self._columns(within)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)

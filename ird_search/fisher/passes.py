@@ -107,6 +107,7 @@ class Passes:
     ) -> None:
         """Call `add` so that it sees each finite row of `rows` once, in a fixed order.
 
+        The sums are put to zero first, whatever is in them.
         A long pass writes its sums down from time to time; an interrupted one goes on from them.
         Where memory runs out within `add`, the sums are of no use, and the pass begins again at
         what was written, with smaller batches.
