@@ -7,25 +7,32 @@ seconds. What a command needs it imports when it runs.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import time
-import typing
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ird_search.config import DataConfig, SearchConfig, plain_type, split_settings
-from ird_search.errors import IRDError, ResourceError, UsageError, out_of_memory
+from ird_search.command import (
+    EXIT_CODES,
+    Base,
+    JsonFlag,
+    Output,
+    Revision,
+    Written,
+    guarded,
+    resumable,
+    with_settings,
+)
+from ird_search.config import DataConfig, SearchConfig, split_settings
+from ird_search.errors import ResourceError, UsageError, out_of_memory
 
 app = typer.Typer(
     name="ird-search",
@@ -36,132 +43,9 @@ app = typer.Typer(
     help="Which few parameters should I train, and which samples tell me?",
 )
 
-EXIT_CODES = """\b
-Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
-75 out of memory or disk, 130/143 interrupted; after these the command that is printed goes on."""
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Base = Annotated[str | None, typer.Option("--model", help="the base model: a directory or hub id")]
-Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
-Written = Annotated[
-    Path, typer.Option("--output", "-o", help="file or directory to write; must not be there")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
-
-
-class _Terminated(BaseException):
-    """SIGTERM, raised where the program is, so that everything is left in order."""
-
-
-def _terminate(signum: int, frame: Any) -> None:
-    raise _Terminated
-
-
-def guarded(
-    command: Callable[..., None], goes_on: Callable[..., str] = lambda **_: ""
-) -> Callable[..., None]:
-    """Turn what goes wrong in a command into one message and the right exit code.
-
-    Args:
-        goes_on: from the command's arguments, what to say where it stopped half-way.
-    """
-
-    @functools.wraps(command)
-    def run(**kwargs: Any) -> None:
-        before = signal.signal(signal.SIGTERM, _terminate)
-        told = functools.partial(goes_on, began=time.time(), **kwargs)
-        try:
-            command(**kwargs)
-        except ResourceError as error:
-            _end(f"ird-search: {error} {told()}", error.exit_code)
-        except IRDError as error:
-            _end(f"ird-search: {error}", error.exit_code)
-        except KeyboardInterrupt:
-            _end(f"Interrupted. {told()}", 128 + signal.SIGINT)
-        except _Terminated:
-            _end(f"Terminated. {told()}", 128 + signal.SIGTERM)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            smaller = "Lower --batch-size, --fisher-tokens or --cache-mb." * bool(told())
-            text = f"ird-search: out of memory. {smaller} {told()}"
-            _end(text, ResourceError.exit_code)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    return run
-
-
-def _resume(output: Path, fresh: bool = False, *, began: float = 0.0, **_: Any) -> str:
-    """What takes up the run in this directory; of a fresh one, if it has begun."""
-    config = output / "config.yaml"
-    if not config.exists() or (fresh and config.stat().st_mtime < began):
-        return "Nothing was written yet: start it again."
-    return f"Go on with: ird-search resume {shlex.quote(str(output))}"
-
-
-def _demo_again(output: Path, seed: int, **_: Any) -> str:
+def _demo_goes_on(output: Path, seed: int, **_: Any) -> str:
     return f"Go on with: ird-search demo --output {shlex.quote(str(output))} --seed {seed}"
-
-
-resumable = functools.partial(guarded, goes_on=_resume)
-"""For commands whose finished work stays in their `output`."""
-
-
-def _end(message: str, code: int) -> typing.NoReturn:
-    print(message.rstrip(), file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of these settings, help and range included.
-
-    An option that is not given stays out of `settings`, so that a config file can fill it in.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        kept = [p for p in own.parameters.values() if p.name != "settings"]
-        names = [f.name for c in configs for f in fields(c)]
-        made = [_parameter(c, f) for c in configs for f in fields(c)]
-        emptied = [f.name for c in configs for f in fields(c) if isinstance(f.default, tuple)]
-        emptied = [name for name in emptied if getattr(SearchConfig, name, ())]
-
-        def run(**given: Any) -> None:
-            settings = {n: v for n in names if (v := given.pop(n)) not in (None, [])}
-            settings = {n: [] if v == ["none"] and n in emptied else v for n, v in settings.items()}
-            command(**given, settings=settings)
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
-        return run
-
-    return decorate
-
-
-def _parameter(config: type, f: Any) -> inspect.Parameter:
-    """One option: `None` when not given, its default told in the help."""
-    hint, _ = plain_type(typing.get_type_hints(config)[f.name])
-    many = typing.get_origin(hint) is tuple
-    flag = f"--{f.name.replace('_', '-').removesuffix('-columns')}"
-    flag += "-column" if f.name == "text_columns" else ""
-    names = [f"{flag}/--no{flag[1:]}"] if hint is bool else [flag]
-    shown = ", ".join(f.default) if isinstance(f.default, tuple) else f.default
-    default = "" if shown in (None, False, "") else f" [default: {shown}]"
-    repeat = " (repeatable; none for an empty list)" if many and shown else " (repeatable)"
-    option = typer.Option(
-        *names,
-        help=f.metadata["help"] + default + (repeat if many else ""),
-        show_default=False,
-    )
-    kind = list[str] if many else hint
-    return inspect.Parameter(
-        f.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
 
 
 @app.command(epilog=EXIT_CODES, short_help="Search a mask for a model on a data set.")
@@ -256,7 +140,7 @@ def status(
 
 
 @app.command(short_help="A real search that needs no network.")
-@functools.partial(guarded, goes_on=_demo_again)
+@functools.partial(guarded, goes_on=_demo_goes_on)
 def demo(
     output: Output = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="every random choice derives from it")] = 0,
