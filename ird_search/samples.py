@@ -43,6 +43,11 @@ class Batch:
         moved = {name: value.to(device) for name, value in self.inputs.items()}
         return Batch(moved, self.labels.to(device), self.rows.to(device))
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows, as views."""
+        some = {name: value[rows] for name, value in self.inputs.items()}
+        return Batch(some, self.labels[rows], self.rows[rows])
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -28,6 +28,7 @@ from ird_search.fisher import (
 )
 from ird_search.fisher.columns import Columns
 from ird_search.fisher.combined import Added, added
+from ird_search.fisher.engine import Joined
 from ird_search.fisher.gradients import Dense, Lookup, Outer, SampleGradients
 from ird_search.fisher.loop import Loop
 from ird_search.fisher.taps import Taps
@@ -927,6 +928,98 @@ def test_a_module_that_cannot_be_called_again_is_left_out() -> None:
         assert f"{path!r} fails in 1 (Branching): RuntimeError: vmap" in told[0]
     hooks = [h for m in p.model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     assert not any(hooks)
+
+
+def check_marginals(m: FisherMatrix, f: Tensor) -> None:
+    found = m.marginals()
+    assert relative_error(found.columns, f.mean(0)) <= CLOSE
+    assert relative_error(found.rows, f.sum(1)) <= CLOSE
+
+
+class Deep(nn.Module):
+    """As many steps as a sample's first token says; a branch for those with a token above 30."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.step, self.rare = nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask[..., None]
+        h = (self.table(input_ids) * mask).sum(1) / mask.sum(1)
+        depth, rare = input_ids[:, :1] % 4, input_ids.amax(1, keepdim=True) > 30
+        h = h + self.rare(h)
+        for t in range(int(depth.max())):
+            h = torch.where(t < depth, self.step(h).tanh(), h)
+        if rare.any():
+            h = torch.where(rare, self.rare(h), h)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["taps", "joined"])
+@pytest.mark.parametrize("depths", [(2, 2, 2, 3, 3, 1), (3, 3, 3, 1, 0, 2)], ids=str)
+def test_batches_that_call_modules_otherwise_than_the_first_rows(
+    depths: tuple[int, ...], joined: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More calls, fewer, none, and a branch that only later rows take."""
+    samples = texts()
+    for row, depth, token in zip(samples.inputs, depths, (9, 9, 9, 33, 9, 33), strict=True):
+        row["input_ids"][:] = 9
+        row["input_ids"][-1], row["input_ids"][0] = token, 4 + depth
+    p = problem(Deep(), Classification(2), samples)
+    example, names = p.samples.batch([0, 1, 2]), p.space.names
+    engine = make_engine(p.model, p.task, p.space, example=example)
+    assert engine.path == "taps"
+    if joined:
+        taps = Taps(p.model, p.task, names[:-2], example=example)
+        engine = Joined(taps, Loop(p.model, p.task, names[-2:]))
+    for tokens in (1, 1000):  # one row a batch, and all of them
+        m = FisherMatrix(engine, p.samples, p.space, tokens=tokens, cache_bytes=0)
+        check_marginals(m, _truth(p))
+    assert "(Linear) is called otherwise in some batches" in caplog.text
+    assert all(w.requires_grad for w in p.model.parameters())
+
+
+class Masked(nn.Module):
+    """Scores of tokens; a mask only where one is needed, as attention in transformers has it."""
+
+    def __init__(self, broadcast: bool) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(40, 6), Inner()
+        self.out, self.broadcast = nn.Linear(6, 2), broadcast
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        whole = bool(attention_mask.all())
+        x = self.table(input_ids)
+        if self.broadcast:
+            given = attention_mask[:1] if whole else attention_mask
+        else:
+            given = None if whole else attention_mask
+        return self.out(self.inner(x, given))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.act = nn.Parameter(torch.randn(6)), nn.Tanh()
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        weight = torch.ones(x.shape[:2]) if mask is None else mask.float()
+        return self.act((x * weight[..., None]).sum(1)) * self.factor
+
+
+@pytest.mark.parametrize("first", [[0, 1, 2], [3, 4, 5]], ids=["equal", "uneven"])
+@pytest.mark.parametrize("broadcast", [False, True], ids=["no mask", "one for all"])
+def test_a_mask_that_only_padded_batches_have(broadcast: bool, first: list[int]) -> None:
+    rows = [torch.randint(5, 40, (n,)) for n in (4, 4, 4, 2, 5, 7)]
+    inputs = tuple({"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows)
+    samples = SampleSet(inputs, torch.arange(6) % 2, torch.arange(6))
+    p = problem(Masked(broadcast), Classification(2), samples)
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(first))
+    assert engine.path == "taps"
+    for tokens in (1, 9, 1000):  # batches of one, of two, and of all
+        m = FisherMatrix(engine, p.samples, p.space, tokens=tokens, cache_bytes=0)
+        check_marginals(m, _truth(p))
 
 
 def test_a_reparametrised_weight() -> None:

@@ -227,6 +227,15 @@ def test_a_class_or_a_number_is_left_to_classifiers(row: Any, kind: str) -> None
     assert read_source([row] * 2, writes=None).kind == kind
 
 
+@pytest.mark.parametrize("name", ["target", "answer", "output"])
+def test_a_label_column_that_is_named_holds_classes(name: str) -> None:
+    """Unless the task is named, too."""
+    rows = [{"text": "a", name: "good"}, {"text": "b", name: "bad"}]
+    found = read_source(rows, label_column=name, writes=None)
+    assert (found.kind, found.label_names) == ("classification", ("bad", "good"))
+    assert read_source(rows, label_column=name, writes=True).kind == "seq2seq"
+
+
 def test_other_models_read_such_rows_as_before() -> None:
     rows = [{"source": "a", "target": "b"}] * 2
     assert read_source(rows).kind == "classification"

@@ -179,7 +179,9 @@ def _text_columns(
 
 def _has_label(first: Mapping[str, Any], label: str | None, text: tuple[str, ...]) -> bool:
     """Whether texts have a class or a number beside them, and not a text named as an answer."""
-    label = label or _by_name(tuple(first), LABELS, barred=text)
+    if label is not None:
+        return True
+    label = _by_name(tuple(first), LABELS, barred=text)
     return label is not None and not (
         _plain(label) in TARGETS and isinstance(first[label], (str, type(None)))
     )

@@ -29,6 +29,10 @@ class Columns:
 
     @cached_property
     def weights(self) -> Tensor:
+        """As `marks`, kept."""
+        return self.marks()
+
+    def marks(self) -> Tensor:
         """1 at the chosen entries, else 0, float32: [P_l]."""
         return torch.zeros(self.numel, device=self.index.device).index_fill_(0, self.index, 1.0)
 

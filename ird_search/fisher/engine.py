@@ -47,7 +47,7 @@ class Joined:
     """Two paths, each for tensors of its own.
 
     Args:
-        whole: answers for a batch in one contribution of factors.
+        whole: answers for a batch in one contribution of factors, or for a row at a time.
         rest: may take the batch a few rows at a time, which bounds the memory of both.
     """
 
@@ -57,10 +57,13 @@ class Joined:
         self.names = (*whole.names, *rest.names)
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
-        (first,) = self.whole.gradients(batch)
-        for c in self.rest.gradients(batch):
-            tensors = {name: g.select(c.part) for name, g in first.tensors.items()}
-            yield Contribution(c.part, {**tensors, **c.tensors}, c.finite & first.finite[c.part])
+        for first in self.whole.gradients(batch):
+            for c in self.rest.gradients(batch.part(first.part)):
+                tensors = {name: g.select(c.part) for name, g in first.tensors.items()}
+                start = first.part.start
+                part = slice(start + c.part.start, start + c.part.stop)
+                finite = c.finite & first.finite[c.part]
+                yield Contribution(part, {**tensors, **c.tensors}, finite)
 
 
 class Elsewhere:

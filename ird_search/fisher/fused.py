@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ird_search.errors import out_of_memory
+
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -49,10 +51,15 @@ def _tried(device: torch.device, left: torch.dtype, right: torch.dtype) -> Squar
 
         error = _error(add_squares, device, left, right)
     except Exception as problem:  # whatever a compiler or a driver raises
+        if out_of_memory(problem):
+            raise
         told = (str(problem).splitlines() or ["no message"])[0][:200]
         log.warning("The fused kernel fails on %s: %s: %s", device, type(problem).__name__, told)
         return None
-    if not error <= (allowed := max(TOLERANCE[left], TOLERANCE[right])):
+    allowed = max(TOLERANCE[left], TOLERANCE[right])
+    if torch.get_float32_matmul_precision() != "highest":
+        allowed = TOLERANCE[torch.bfloat16]
+    if not error <= allowed:
         log.warning(
             "The fused kernel is off the product by %.1e on %s, more than %.0e; it is not used.",
             error,

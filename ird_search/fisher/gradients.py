@@ -234,7 +234,8 @@ class Outer(SampleGradients):
         if (fused := fused_for(self.left, self.right)) is None:
             return None
         scored = within is None or within.count > 0
-        weights = within.weights if within is not None and scored else None
+        # Not kept: the marks of all tensors would need as much memory as the sums.
+        weights = within.marks() if within is not None and scored else None
         factors = self.left, self.right
         return fused(*factors, sums=sums, means=means, weights=weights, scored=scored)
 

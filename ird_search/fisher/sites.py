@@ -34,6 +34,9 @@ FIXED = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
 
 Output = tuple[torch.Size, torch.dtype, torch.device]
 
+Form = Mapping[Place, torch.Size | None]
+"""The shapes of what a module is given; None for what is no tensor."""
+
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,24 @@ class Site:
             zeros[key] = torch.zeros((), dtype=dtype, device=device).expand(*first, *shape[1:])
         return zeros
 
+    def fits(self, few: Form, form: Form, size: int) -> bool:
+        """Whether a call for `size` samples is one for `PROBE` samples, with more of them."""
+        alike = (self._alike(p, few[p], form[p], size) for p in few if p in form)
+        return few.keys() == form.keys() and all(alike)
+
+    def _alike(self, place: Place, few: torch.Size | None, x: torch.Size | None, size: int) -> bool:
+        if few is None or x is None:
+            return few is x and place not in self.moving
+        lines, more = few[:1].numel(), x[:1].numel()
+        grown = few[1:] == x[1:] and lines % PROBE == 0 and lines * size == more * PROBE
+        if self.rule is None:
+            # with as many samples as were looked at, what moves and what does not look alike
+            still = few == x and not (size == PROBE and lines == PROBE)
+            return grown if place in self.moving else still
+        if self.batchless:
+            return few == x and not (size == PROBE and lines == PROBE)
+        return grown or (few == x and lines == 1)
+
     def given(self, call: Call, size: int) -> tuple[Tensor, ...]:
         """The tensors of a call with samples first."""
         if self.batchless:
@@ -103,6 +124,11 @@ class Calls:
         """The calls that the logits depend on; all of them where they depend on none."""
         every = self.of_module.get(module, [])
         return [call for call in every if call not in self.unseen] or every
+
+
+def form_of(call: Call) -> Form:
+    """The shapes of what a module is given."""
+    return {p: v.shape if isinstance(v, Tensor) else None for p, v in call.given.items()}
 
 
 @contextmanager
@@ -165,7 +191,7 @@ def probe(
     Args:
         backward: learn also which calls the logits do not depend on.
     """
-    chosen = torch.arange(rows, device=batch.labels.device) % len(batch)
+    chosen = _telling(batch, rows)
     inputs: Inputs = {key: value[chosen] for key, value in batch.inputs.items()}
     zeros: dict[str, Tensor] = {}
 
@@ -352,6 +378,17 @@ def per_sample(x: Tensor, size: int) -> Tensor:
     if x.shape[0] == 1:
         return x.expand(size, *x.shape[1:])
     return x.unflatten(0, (size, -1))
+
+
+def _telling(batch: Batch, rows: int) -> Tensor:
+    """Positions of rows that are padded if the batch is: the shortest and the longest in turn."""
+    mask = batch.inputs.get("attention_mask")
+    device = batch.labels.device
+    if mask is None or mask.ndim != 2:
+        return torch.arange(rows, device=device) % len(batch)
+    lengths = mask.sum(1)
+    ends = torch.stack([lengths.argmin(), lengths.argmax()])
+    return ends[torch.arange(rows, device=device) % 2]
 
 
 def _samples_first(few: torch.Size, more: torch.Size | None) -> bool:

@@ -17,7 +17,8 @@ self-check tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +27,26 @@ from torch import Tensor, nn
 from ird_search.fisher.combined import added
 from ird_search.fisher.engine import Contribution, all_finite
 from ird_search.fisher.gradients import Dense, SampleGradients
+from ird_search.fisher.loop import Loop
 from ird_search.fisher.rules import Call
-from ird_search.fisher.sites import Calls, constant, find_sites, per_sample, probe, tapped
+from ird_search.fisher.sites import (
+    Calls,
+    Form,
+    constant,
+    find_sites,
+    form_of,
+    per_sample,
+    probe,
+    tapped,
+)
 from ird_search.samples import Batch
 from ird_search.task import Task, logits_of
+
+log = logging.getLogger(__name__)
+
+
+class Unlike(Exception):
+    """A batch calls modules otherwise than the rows of it that were looked at."""
 
 
 class Taps:
@@ -39,6 +56,9 @@ class Taps:
         names: the tensors wanted.
         example: two rows or more, to learn which modules a tap reaches.
         cautious: leave out what may not be what it looks like.
+
+    A batch in which modules are called otherwise than in the rows that were looked at (a branch
+    that its first rows do not take, a mask that they do not need) goes by the loop.
 
     After construction `names` holds the tensors that taps cover and `uncovered` the others.
     `doubtful` says whether caution would leave out more.
@@ -56,7 +76,8 @@ class Taps:
         cautious: bool = False,
     ) -> None:
         self.model, self.task = model, task
-        self._shapes: dict[Any, Calls] = {}
+        self._shapes: dict[Any, tuple[Calls, dict[str, Form]]] = {}
+        self._told: set[str] = set()
         sites, self.doubtful = find_sites(model, names, example, cautious=cautious)
         self.sites = {site.name: site for site in sites}
         self._modules = {site.name: site.module for site in sites}
@@ -65,6 +86,26 @@ class Taps:
         self.uncovered = tuple(n for n in names if n not in covered)
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        try:
+            whole = self._whole(batch)
+        except Unlike as where:
+            self._tell(str(where))
+            yield from Loop(self.model, self.task, self.names).gradients(batch)
+        else:
+            yield whole
+
+    def _tell(self, name: str) -> None:
+        """Once for each module."""
+        if name not in self._told:
+            log.warning(
+                "%s (%s) is called otherwise in some batches; these go by the loop.",
+                name or "The model",
+                type(self._modules[name]).__name__,
+            )
+        self._told.add(name)
+
+    def _whole(self, batch: Batch) -> Contribution:
+        """All rows at once."""
         size = len(batch)
         values, found, calls = self._backward(batch)
         with torch.no_grad():
@@ -73,20 +114,30 @@ class Taps:
                 answers[_call(key)] = (*answers.get(_call(key), ()), per_sample(g, size))
             tensors, checked = self._contract({key: calls[key] for key in answers}, answers)
             finite = all_finite([values, *found.values(), *checked], size)
-        yield Contribution(slice(0, size), tensors, finite)
+        return Contribution(slice(0, size), tensors, finite)
 
     def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Call]]:
-        """log p [B], its gradients at the taps, and what the sites were called with."""
-        taps = self._zeros(batch)
+        """log p [B], its gradients at the taps, and what the sites were called with.
+
+        Raises:
+            Unlike: the modules are called otherwise than was seen.
+        """
+        known, forms = self._known(batch)
+        taps = self._zeros(known, len(batch))
 
         def tap(key: str, out: Tensor) -> Tensor:
-            return out + taps[key] if key in taps else out
+            if (zero := taps.get(key)) is None:
+                return out
+            if out.shape not in (zero.shape, (1, *zero.shape[1:]), zero.shape[1:]):
+                raise Unlike(_site(_call(key)))
+            return out + zero
 
         with constant(self.model):
             for zero in taps.values():
                 zero.requires_grad_(True)
             with tapped(self._modules, tap) as calls:
                 logits = logits_of(self.model, batch.inputs)
+            self._require_alike(calls, known, forms, len(batch))
             values = self.task.log_likelihood(logits, batch.labels)
             found = torch.autograd.grad(
                 values.sum(), list(taps.values()), allow_unused=True, materialize_grads=True
@@ -120,19 +171,39 @@ class Taps:
             checked |= {id(x): x for x in multiplied if x.is_floating_point()}
         return {name: added(uses[name]) for name in self.names}, list(checked.values())
 
-    def _zeros(self, batch: Batch) -> dict[str, Tensor]:
-        """The taps of a batch: zeros in the shapes of the sites' outputs."""
-        key = tuple((k, tuple(v.shape[1:])) for k, v in sorted(batch.inputs.items()))
-        if key not in self._shapes:
+    def _known(self, batch: Batch) -> tuple[Calls, dict[str, Form]]:
+        """What a few rows of such a batch call, and in what form: learnt once for each shape."""
+        mask = batch.inputs.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        shapes = tuple((k, tuple(v.shape[1:])) for k, v in sorted(batch.inputs.items()))
+        if (key := (padded, shapes)) not in self._shapes:
             partly = any(site.partly for site in self.sites.values())
-            self._shapes[key] = probe(self.model, self._modules, batch, backward=partly)
-            self._shapes[key].given.clear()
-        calls = self._shapes[key]
+            calls = probe(self.model, self._modules, batch, backward=partly)
+            forms = {call: form_of(given) for call, given in calls.given.items()}
+            calls.given.clear()
+            self._shapes[key] = calls, forms
+        return self._shapes[key]
+
+    def _require_alike(
+        self, calls: Calls, known: Calls, forms: Mapping[str, Form], size: int
+    ) -> None:
+        for name, site in self.sites.items():
+            made = calls.of_module.get(name)
+            alike = made and made == known.of_module.get(name)
+            alike = alike and all(
+                site.fits(forms[call], form_of(calls.given[call]), size)
+                for call in known.seen(name)
+            )
+            if not alike or name in calls.opaque:
+                raise Unlike(name)
+
+    def _zeros(self, known: Calls, size: int) -> dict[str, Tensor]:
+        """The taps of a batch: zeros in the shapes of the sites' outputs."""
         return {
-            k: zero
+            key: zero
             for site in self.sites.values()
-            for call in calls.seen(site.name)
-            for k, zero in site.zeros(calls, call, len(batch)).items()
+            for call in known.seen(site.name)
+            for key, zero in site.zeros(known, call, size).items()
         }
 
 
