@@ -117,7 +117,8 @@ def compared(rows: Sequence[Row]) -> str:
             body.append([name, *told, *[""] * (len(densities) - 1)])
         else:
             body.append([name, *(_judged(own.get(d), "random") for d in densities)])
-    return _markdown(["", *(f"{d:.2%}" for d in densities)], body)
+    titles = [f"{d:.2%}" for d in densities] or [""]  # of methods with a size of their own alone
+    return _markdown(["", *titles], body)
 
 
 def problems(each: Sequence[Sequence[Row]]) -> str:
