@@ -16,7 +16,7 @@ from ird_search.data.targets import shifted_right
 from ird_search.samples import SampleSet
 from ird_search.task import CausalLM, Classification, Seq2SeqLM
 from tests.cases import LENGTHS, Case, Problem, problem, prompts, texts, vectors
-from tests.tiny import VOCABULARY
+from tests.tiny import SMALL_BART, VOCABULARY
 
 SHAPE: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
@@ -37,15 +37,7 @@ DECODER: dict[str, Any] = SHAPE | {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SEQ2SEQ: dict[str, Any] = {
-    "vocab_size": len(VOCABULARY),
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
+SEQ2SEQ: dict[str, Any] = SMALL_BART | {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

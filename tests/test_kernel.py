@@ -139,17 +139,15 @@ def test_on_a_cpu_and_for_float64_the_product_is_taken(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 1), (5, 33, 50, 37), (16, 128, 768, 768)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_on_a_gpu(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_on_a_gpu(dtype: torch.dtype, sizes: tuple[int, int, int, int], cuda: str) -> None:
     batch, tokens, m, n = sizes
-    left = torch.randn(batch, tokens, m, device="cuda").to(dtype)
-    right = torch.randn(batch, tokens, n, device="cuda").to(dtype)
+    left = torch.randn(batch, tokens, m, device=cuda).to(dtype)
+    right = torch.randn(batch, tokens, n, device=cuda).to(dtype)
     assert fused.fused_for(left, right) is not None
-    within = Columns(torch.arange(0, m * n, 2, device="cuda"), m * n)
+    within = Columns(torch.arange(0, m * n, 2, device=cuda), m * n)
     found, wanted = [], []
     for kind, results in ((Outer, found), (SampleGradients, wanted)):
-        sums, means = torch.zeros(2, m * n, device="cuda")
+        sums, means = torch.zeros(2, m * n, device=cuda)
         scores = kind.add_squares(Outer(left, right), sums, within, means=means)
         results += [sums, means, scores]
     for a, b in zip(found, wanted, strict=True):

@@ -134,17 +134,23 @@ def tiny_t5(*, seed: int = 0, **config: Any) -> T5ForConditionalGeneration:
         return T5ForConditionalGeneration(T5Config(**{**settings, **config}))
 
 
+SMALL_BART: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
+"""Sizes of BART and its kin."""
+
+
 def tiny_bart(*, seed: int = 0, **config: Any) -> BartForConditionalGeneration:
     """One layer on each side, hidden 16, 12 positions."""
     settings: dict[str, Any] = {
-        "vocab_size": len(VOCABULARY),
-        "d_model": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 24,
+        **SMALL_BART,
         "max_position_embeddings": 12,
         "pad_token_id": VOCABULARY["[PAD]"],
         "bos_token_id": VOCABULARY["[CLS]"],
