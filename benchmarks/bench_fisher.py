@@ -11,8 +11,9 @@ round. CPU time is the fairer one on a shared machine. The loop is what the publ
 Mask does: a batch of one, a backward, its squares added to a sum; it gives no row scores. Opacus
 forms every sample's gradient of a batch.
 
-Before a way is timed it runs once for its peak memory, on top of the loaded model, and its answers
-are compared with those of plain autograd, sample by sample.
+Before a way is timed it runs for its peak memory, on top of the loaded model: what is needed at
+once, and with what the allocator holds for later. Its answers are compared with those of plain
+autograd, sample by sample.
 
 Then the Fisher work of a whole search (four halving rounds on 64 rows), which must choose the same
 samples and parameters whatever computes it, and the exact top k of 110 million scores beside
@@ -322,10 +323,13 @@ def tried(name: str, call: Callable[[], Any], s: Setting, true: Answers) -> dict
         SystemExit: they are wrong.
     """
     found: list[Any] = []
-    figures = {"peak_mb": round(peak_of(lambda: found.append(call())), 1)}
-    if name == PLAIN:
+    figures = {"held_mb": round(peak_of(lambda: found.append(call())), 1)}
+    told = None if name == PLAIN else answers(name, found.pop(), s)
+    found.clear()
+    figures["peak_mb"] = round(peak_of(call, hold=False), 1)
+    if told is None:
         return figures
-    figures["error"] = float(f"{error(answers(name, found.pop(), s), true, s.space):.1e}")
+    figures["error"] = float(f"{error(told, true, s.space):.1e}")
     if not figures["error"] <= TOLERANCE:
         raise SystemExit(f"{name!r} is off plain autograd by {figures['error']:.1e}.")
     return figures
@@ -343,8 +347,10 @@ def compare(
     del true
     found = summary([{n: timed(c) for n, c in calls.items()} for _ in range(rounds)])
     for name, figures in once.items():
-        ratio = round(figures["peak_mb"] / once[PLAIN]["peak_mb"], 3)
-        found[name] |= figures | {"peak_ratio": ratio}
+        found[name] |= figures
+        for kind in ("peak", "held"):
+            mb = figures[f"{kind}_mb"]
+            found[name][f"{kind}_ratio"] = round(mb / once[PLAIN][f"{kind}_mb"], 3)
     return {"tokens": tokens, "embeddings": embeddings, "candidates": s.space.numel, "ways": found}
 
 

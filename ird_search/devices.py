@@ -1,4 +1,4 @@
-"""`resolve_device`, `computing`, `release_memory`: where a model runs, and on how many threads."""
+"""Where a model runs, on how many threads, and in what memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ird_search.errors import UsageError
@@ -38,6 +39,16 @@ def resolve_device(device: str) -> torch.device:
     if found.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"{device} is not supported; accepted are auto, cpu, cuda, cuda:1, mps.")
     return found
+
+
+def untouched_zeros(size: int, device: torch.device) -> torch.Tensor:
+    """float32 zeros [size]; on the CPU they take memory page by page, as they are written to."""
+    if device.type != "cpu":
+        return torch.zeros(size, device=device)
+    line = 64 // 4  # numbers in a line of the cache, where torch would let them begin
+    room = np.zeros(size + line, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    return torch.from_numpy(room[start : start + size])
 
 
 @contextmanager

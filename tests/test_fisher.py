@@ -397,6 +397,24 @@ def test_factors_that_are_not_kept_are_freed_before_the_next_batch() -> None:
     assert factors and all(ref() is None for ref in factors)
 
 
+def test_factors_that_are_not_kept_are_freed_as_a_consumer_takes_them() -> None:
+    p = named("bert-sdpa")
+    over, rows = matrix_of(p, tokens=16)._passes, torch.arange(6)
+    _, tensors = next(over.gradients(over.plan(rows)[0], rows))
+    factors = []
+    while tensors:
+        factors += [weakref.ref(t) for t in tensors.popitem()[1].storages]
+    assert factors and all(ref() is None for ref in factors)
+
+
+def test_a_consumer_takes_nothing_from_what_is_kept() -> None:
+    p = named("bert-sdpa")
+    m = matrix_of(p, cache_bytes=bytes_of_all_factors(p), tokens=16)
+    first, again = m.marginals(), m.marginals()
+    assert m.passes == pytest.approx(1)
+    assert torch.equal(first.columns, again.columns) and torch.equal(first.rows, again.rows)
+
+
 def test_a_tile_answers_for_its_parts() -> None:
     p = named("bert-sdpa")
     f = fisher(p.model, p.task, p.samples, p.space)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ird_search.devices import untouched_zeros
 from ird_search.errors import UsageError
 from ird_search.fisher.columns import Columns
 from ird_search.fisher.engine import Engine
@@ -263,15 +264,16 @@ class FisherMatrix:
         self, rows: Tensor, within: Tensor | None, *, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sums over a mask's columns for each sample, and over the rows for all columns."""
-        squares = torch.empty(self.space.numel, device=self.device)  # the pass puts sums to zero
-        means = torch.empty_like(squares) if mean else None
+        squares = untouched_zeros(self.space.numel, self.device)
+        means = untouched_zeros(self.space.numel, self.device) if mean else None
         flat, signed = self._by_name(squares), {} if means is None else self._by_name(means)
         masks = self._columns(within)
         scores = torch.zeros(len(self.samples), dtype=torch.float64)
 
         def add(chosen: Tensor, tensors: Gradients) -> None:
             parts = []
-            for name, gradients in tensors.items():
+            for name in list(tensors):
+                gradients = tensors.pop(name)  # its factors go as its part of the sums comes
                 mask = None if masks is None else masks.get(name, self._nothing(name))
                 parts.append(gradients.add_squares(flat[name], mask, means=signed.get(name)))
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)

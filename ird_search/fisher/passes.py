@@ -107,7 +107,9 @@ class Passes:
     ) -> None:
         """Call `add` so that it sees each finite row of `rows` once, in a fixed order.
 
-        The sums are put to zero first, whatever is in them.
+        `add` may take gradients out of the dictionary that it is given, so that their memory is
+        free for what it adds to. The sums are zero at first, and are put to zero with each new
+        beginning.
         A long pass writes its sums down from time to time; an interrupted one goes on from them.
         Where memory runs out within `add`, the sums are of no use, and the pass begins again at
         what was written, with smaller batches.
@@ -132,13 +134,13 @@ class Passes:
                 if not out_of_memory(problem):
                     raise
                 self._smaller(self.most or max(part.numel() for part in plan), str(problem))
+                for tensor in sums.values():
+                    tensor.zero_()
 
     def _resume(self, inputs: dict[str, Any], portions: int, sums: dict[str, Tensor]) -> int:
-        """How many portions are in the sums, which are put to what they were then, or to zero."""
+        """How many portions are in the sums, which are put to what they were then."""
         found = self.record.latest(inputs, portions, sums)
         if found is None:
-            for tensor in sums.values():
-                tensor.zero_()
             return 0
         done, memory = found
         self.remember(memory)
@@ -164,7 +166,9 @@ class Passes:
         """
         wanted = torch.zeros(len(self.samples), dtype=torch.bool)
         wanted[rows] = True
-        for have, tensors in self._kept.get(tuple(batch.tolist())) or self._computed(batch):
+        kept = self._kept.get(tuple(batch.tolist()))
+        copies = ((have, dict(tensors)) for have, tensors in kept or ())
+        for have, tensors in copies if kept else self._computed(batch):
             chosen = wanted[have]
             if chosen.all():
                 yield have, tensors
@@ -178,14 +182,13 @@ class Passes:
         known, others = name in self._kept, sum(self._bytes.values())
         keep = self._has_room and (known or not self._settled)
         for have, tensors in self._through_model(batch):
-            storages = [t.untyped_storage() for g in tensors.values() for t in g.storages]
-            held |= {s.data_ptr(): s.nbytes() for s in storages}  # what is shared counts once
+            held |= _sizes(tensors)
             keep = keep and (known or others + sum(held.values()) <= self.cache_bytes)
             keep = keep and self._has_room  # memory may have run out meanwhile
             if keep:
                 parts.append((have, tensors))
             if have.numel():
-                yield have, tensors
+                yield have, dict(tensors) if keep else tensors
             if not keep:  # whoever still holds the dictionary must not hold the factors
                 parts.clear()
                 tensors.clear()
@@ -247,3 +250,9 @@ class Passes:
         self.excluded |= set(rows.tolist())
         ids = self.samples.ids[sorted(self.excluded)].tolist()
         require_few(ids, len(self.samples), share=self.excluded_share)
+
+
+def _sizes(tensors: Gradients) -> dict[int, int]:
+    """Bytes of each storage that the factors lie in: what is shared counts once."""
+    storages = (t.untyped_storage() for g in tensors.values() for t in g.storages)
+    return {s.data_ptr(): s.nbytes() for s in storages}
