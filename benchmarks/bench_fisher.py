@@ -155,7 +155,7 @@ MODELS = {
     "bert-base": Shape(
         "BERT-base's shape",
         bert_base,
-        samples=8,
+        samples=16,
         ways=(PLAIN, TAPS, SELECTED, LOOP, BY_OPACUS[0]),
     ),
     "llama-1b": Shape(

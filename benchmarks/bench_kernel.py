@@ -90,13 +90,13 @@ def one_weight(
     outer, sums = Outer(left, right), torch.zeros(m * n, device=device)
     chosen = torch.randperm(m * n, device=device)[: max(1, int(DENSITY * m * n))].sort().values
     within = Columns(chosen, m * n)
-    weights = within.weights
+    marks = within.marks()
     ways: dict[str, Callable[[], Any]] = {
         "one plain gradient": lambda: left.flatten(0, 1).mT @ right.flatten(0, 1),
         "formed in memory": lambda: SampleGradients.add_squares(outer, sums, within),
-        "kernel": lambda: add_squares(left, right, sums=sums, weights=weights),
+        "kernel": lambda: add_squares(left, right, sums=sums, marks=marks),
         "kernel, and means": lambda: add_squares(
-            left, right, sums=sums, means=sums.clone(), weights=weights
+            left, right, sums=sums, means=sums.clone(), marks=marks
         ),
     }
     taken = {name: seconds(call, device, rounds=rounds) for name, call in ways.items()}
@@ -104,7 +104,7 @@ def one_weight(
     for cut in TILINGS if device.type == "cuda" else TILINGS[:1]:
         try:
             tried[str(cut)] = seconds(
-                lambda cut=cut: add_squares(left, right, sums=sums, weights=weights, tiling=cut),
+                lambda cut=cut: add_squares(left, right, sums=sums, marks=marks, tiling=cut),
                 device,
                 rounds=rounds,
             )

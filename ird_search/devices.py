@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-import numpy as np
 import torch
 
 from ird_search.errors import UsageError
@@ -43,12 +43,11 @@ def resolve_device(device: str) -> torch.device:
 
 def untouched_zeros(size: int, device: torch.device) -> torch.Tensor:
     """float32 zeros [size]; on the CPU they take memory page by page, as they are written to."""
-    if device.type != "cpu":
-        return torch.zeros(size, device=device)
-    line = 64 // 4  # numbers in a line of the cache, where torch would let them begin
-    room = np.zeros(size + line, np.float32)
-    start = -room.ctypes.data % 64 // 4
-    return torch.from_numpy(room[start : start + size])
+    if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE") and size:
+        with suppress(OSError):  # torch says better than it that there is no memory
+            pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(pages, dtype=torch.float32)
+    return torch.zeros(size, device=device)
 
 
 @contextmanager

@@ -14,43 +14,17 @@ from ird_search.fisher.columns import Columns
 from ird_search.fisher.combined import Terms
 from ird_search.fisher.gradients import Outer, SampleGradients
 from ird_search.fisher.kernel import Tiling, add_squares
+from tests import squares
 from tests.cases import CASES, Case, made
 from tests.reference import fisher, relative_error
+from tests.squares import CLOSE, factors, gradients
 
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 SMALL = Tiling(rows=16, columns=32, tokens=16)
 MODELS = [case for case in CASES if case.name in ("conv", "bert-sdpa", "gpt2", "twice")]
 
 
-def factors(
-    sizes: tuple[int, int, int, int], *dtypes: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, m, n = sizes
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(batch, tokens, m, generator=generator).to(dtypes[0])
-    return left, torch.randn(batch, tokens, n, generator=generator).to(dtypes[-1])
-
-
-def gradients(left: Tensor, right: Tensor) -> Tensor:
-    """One sample at a time, in float64: [B, m · n]."""
-    rows = [(a.double().mT @ c.double()).flatten() for a, c in zip(left, right, strict=True)]
-    return torch.stack(rows)
-
-
 def check(left: Tensor, right: Tensor, **more: Any) -> None:
-    """Sums onto what is there, and the row scores within a mask and everywhere."""
-    g = gradients(left, right)
-    close = max(CLOSE[left.dtype], CLOSE[right.dtype])
-    before = torch.rand(2, g.shape[1])
-    weights = torch.zeros(g.shape[1])
-    weights[::3] = 1
-    for within in (weights, None):
-        sums, means = before.clone()
-        scores = add_squares(left, right, sums=sums, means=means, weights=within, **more)
-        assert relative_error(sums, before[0] + g.square().sum(0)) <= close
-        assert relative_error(means, before[1] + g.sum(0)) <= close
-        inside = g.square() if within is None else g.square() * within
-        assert relative_error(scores, inside.sum(1)) <= close
+    squares.check(add_squares, left, right, **more)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_it_compiles_for_gpus_that_are_not_here(
         **{"WIDEN": False, "PRECISION": "ieee", "left_m": 1, "right_n": 1},
         **{"BM": cut.rows, "BN": cut.columns, "BT": cut.tokens},
     }
-    pointers = dict.fromkeys(("weights", "sums", "means", "scores"), "*fp32")
+    pointers = {**dict.fromkeys(("sums", "means", "scores"), "*fp32"), "marks": "*u8"}
     pointers |= dict.fromkeys(("left", "right"), f"*{dtype}")
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
@@ -83,19 +83,18 @@ def test_it_compiles_for_gpus_that_are_not_here(
 def offered(monkeypatch: pytest.MonkeyPatch, add_squares: Any) -> Any:
     """What is taken for products on this machine, where the kernel is `add_squares`."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: name)
     module = SimpleNamespace(add_squares=add_squares)
     monkeypatch.setitem(sys.modules, "ird_search.fisher.kernel", module)
     return fused.fused_for(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
 
 
 def plain(
-    left: Tensor, right: Tensor, *, sums: Tensor, means: Tensor, weights: Tensor, factor: float = 1
+    left: Tensor, right: Tensor, *, sums: Tensor, means: Tensor, marks: Tensor, factor: float = 1
 ) -> Tensor:
     g = torch.bmm(left.mT, right).flatten(1)
     sums += g.square().sum(0) * factor
     means += g.sum(0)
-    return (g.square() * weights).sum(1)
+    return (g.square() * marks).sum(1)
 
 
 def test_a_kernel_that_agrees_is_taken(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,16 +123,19 @@ def test_without_triton_the_product_is_taken(
 ) -> None:
     caplog.set_level(logging.INFO, logger="ird_search.fisher")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "ird_search.fisher.kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert fused.fused_for(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)) is None
-    assert "Triton is not installed" in caplog.text
+    assert "import of triton halted" in caplog.text
 
 
-def test_on_a_cpu_and_for_float64_the_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert fused.fused_for(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)) is None
+def test_for_float64_and_where_it_is_said_the_product_is_taken(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert fused.fused_for(torch.zeros(1, 2, 3).double(), torch.zeros(1, 2, 3)) is None
+    monkeypatch.setenv("IRD_SEARCH_FUSED", "0")
+    assert offered(monkeypatch, plain) is None
 
 
 @pytest.mark.gpu

@@ -29,12 +29,13 @@ class Columns:
 
     @cached_property
     def weights(self) -> Tensor:
-        """As `marks`, kept."""
-        return self.marks()
+        """As `marks`, float32, kept."""
+        return self.marks().float()
 
     def marks(self) -> Tensor:
-        """1 at the chosen entries, else 0, float32: [P_l]."""
-        return torch.zeros(self.numel, device=self.index.device).index_fill_(0, self.index, 1.0)
+        """1 at the chosen entries, else 0, uint8: [P_l]."""
+        marks = torch.zeros(self.numel, dtype=torch.uint8, device=self.index.device)
+        return marks.index_fill_(0, self.index, 1)
 
     @cached_property
     def _patterns(self) -> dict[int, Tensor]:

@@ -1,17 +1,18 @@
 """`fused_for`: where the squares of a linear layer's gradients are summed by a kernel of our own.
 
-That is on CUDA with Triton, once the kernel agrees there with the plain product; everywhere else
-the product is formed in memory. With TRITON_INTERPRET=1 the kernel runs on the CPU, in Triton's
-interpreter: slow, and how it is tested.
+That is on CUDA with Triton (`kernel`), and on a CPU with a C compiler (`native`), once the kernel
+agrees there with the plain product; everywhere else, and where IRD_SEARCH_FUSED=0, the product is
+formed in memory. With TRITON_INTERPRET=1 the GPU's kernel runs on the CPU, in Triton's interpreter:
+slow, and how it is tested.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """Largest relative error against the plain product, by what the factors are in."""
 
+LEAST = 128 * 128
+"""On a CPU, gradients of smaller matrices stay in its cache and are formed there."""
+
 Squares = Callable[..., Tensor]
-"""`kernel.add_squares`."""
+"""`kernel.add_squares` or `native.add_squares`."""
 
 
 def fused_for(left: Tensor, right: Tensor) -> Squares | None:
@@ -34,22 +38,27 @@ def fused_for(left: Tensor, right: Tensor) -> Squares | None:
         left: [B, T, m].
         right: [B, T, n].
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (left.is_cuda or interpreted) or not {left.dtype, right.dtype} <= TOLERANCE.keys():
+    known = {left.dtype, right.dtype} <= TOLERANCE.keys()
+    if not known or os.environ.get("IRD_SEARCH_FUSED") == "0":
         return None
-    return _tried(left.device, left.dtype, right.dtype)
+    if left.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return _tried("kernel", left.device, left.dtype, right.dtype)
+    if left.device.type == "cpu" and left.shape[2] * right.shape[2] >= LEAST:
+        return _tried("native", left.device, left.dtype, right.dtype)
+    return None
 
 
 @cache
-def _tried(device: torch.device, left: torch.dtype, right: torch.dtype) -> Squares | None:
-    """The kernel where it works on such factors."""
-    if importlib.util.find_spec("triton") is None:
-        log.info("Triton is not installed; gradients of linear layers are formed in memory.")
-        return None
+def _tried(
+    module: str, device: torch.device, left: torch.dtype, right: torch.dtype
+) -> Squares | None:
+    """The kernel of a module where it works on such factors."""
     try:
-        from ird_search.fisher.kernel import add_squares
-
+        add_squares: Squares = import_module(f"ird_search.fisher.{module}").add_squares
         error = _error(add_squares, device, left, right)
+    except (ImportError, FileNotFoundError) as missing:
+        log.info("Gradients of linear layers are formed in memory on %s: %s", device, missing)
+        return None
     except Exception as problem:  # whatever a compiler or a driver raises
         if out_of_memory(problem):
             raise
@@ -80,12 +89,12 @@ def _error(add_squares: Squares, device: torch.device, *dtypes: torch.dtype) -> 
         for size, dtype in zip(sizes, dtypes, strict=True)
     )
     g = torch.bmm(left.double().mT, right.double()).flatten(1)
-    weights = (torch.rand(g.shape[1], generator=generator) < 0.3).float().to(device)
+    marks = (torch.rand(g.shape[1], generator=generator) < 0.3).to(device, torch.uint8)
     squares, means = torch.zeros(2, g.shape[1], device=device)
-    scores = add_squares(left, right, sums=squares, means=means, weights=weights)
+    scores = add_squares(left, right, sums=squares, means=means, marks=marks)
     pairs = (
         (squares, g.square().sum(0)),
         (means, g.sum(0)),
-        (scores, (g.square() * weights).sum(1)),
+        (scores, (g.square() * marks).sum(1)),
     )
     return max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)

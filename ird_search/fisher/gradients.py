@@ -235,9 +235,8 @@ class Outer(SampleGradients):
             return None
         scored = within is None or within.count > 0
         # Not kept: the marks of all tensors would need as much memory as the sums.
-        weights = within.marks() if within is not None and scored else None
-        factors = self.left, self.right
-        return fused(*factors, sums=sums, means=means, weights=weights, scored=scored)
+        marks = within.marks() if within is not None and scored else None
+        return fused(self.left, self.right, sums=sums, means=means, marks=marks, scored=scored)
 
     def select(self, rows: Tensor | slice) -> Outer:
         return Outer(self.left[rows], self.right[rows])

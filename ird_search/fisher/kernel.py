@@ -63,7 +63,7 @@ class Tiling:
 def _kernel(
     left,
     right,
-    weights,
+    marks,
     sums,
     means,
     scores,
@@ -95,7 +95,7 @@ def _kernel(
     inside = (i < m)[:, None] & (j < n)[None, :]
     at = i.to(tl.int64)[:, None] * n + j[None, :]
     tile = row * tl.num_programs(0) + column
-    chosen = tl.load(weights + at, inside, 0.0) if MASKED else 1.0
+    chosen = tl.load(marks + at, inside, 0).to(tl.float32) if MASKED else 1.0
     squared = tl.zeros((BM, BN), tl.float32)
     signed = tl.zeros((BM, BN), tl.float32)
     first = part * share
@@ -138,18 +138,18 @@ def add_squares(
     *,
     sums: Tensor | None = None,
     means: Tensor | None = None,
-    weights: Tensor | None = None,
+    marks: Tensor | None = None,
     scored: bool = True,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Add Σ_b G[b]² to `sums` and Σ_b G[b] to `means`, and return Σ_j weights[j] G[b, j]²: [B].
+    """Add Σ_b G[b]² to `sums` and Σ_b G[b] to `means`, and return Σ_j marks[j] G[b, j]²: [B].
 
     Args:
         left: the factor along the rows of the weight, [B, T, m], of any strides.
         right: the factor along its columns, [B, T, n].
         sums: float32 [m · n].
         means: float32 [m · n].
-        weights: float32 [m · n]; 1 everywhere where left out.
+        marks: uint8 [m · n]; 1 everywhere where left out.
         scored: whether row scores are wanted; else they are zero.
         tiling: how the work is cut; by the sizes where left out.
     """
@@ -165,7 +165,7 @@ def add_squares(
         "HAS_SUMS": sums is not None,
         "HAS_MEANS": means is not None,
         "SCORED": scored,
-        "MASKED": weights is not None,
+        "MASKED": marks is not None,
         "WIDEN": left.dtype != right.dtype or not COMPILED,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "BM": cut.rows,
@@ -173,7 +173,7 @@ def add_squares(
         "BT": cut.tokens,
         "num_warps": cut.warps,
     }
-    places = [scores if x is None else x for x in (weights, *outs)]  # one that is not looked at
+    places = [scores if x is None else x for x in (marks, *outs)]  # one that is not looked at
     grid = (*tiles, parts)
     sizes = (batch, tokens, m, n, share, *left.stride(), *right.stride())
     with torch.cuda.device_of(left):
