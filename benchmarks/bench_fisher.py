@@ -11,9 +11,9 @@ round. CPU time is the fairer one on a shared machine. The loop is what the publ
 Mask does: a batch of one, a backward, its squares added to a sum; it gives no row scores. Opacus
 forms every sample's gradient of a batch.
 
-Before a way is timed it runs for its peak memory, on top of the loaded model: what is needed at
-once, and with what the allocator holds for later. Its answers are compared with those of plain
-autograd, sample by sample.
+Before a way is timed it runs for its peak memory, on top of the loaded model: with what the
+allocator holds for later here, and what is needed at once in a process of its own (`peaks`). Its
+answers are compared with those of plain autograd, sample by sample.
 
 Then the Fisher work of a whole search (four halving rounds on 64 rows), which must choose the same
 samples and parameters whatever computes it, and the exact top k of 110 million scores beside
@@ -25,9 +25,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -54,6 +57,9 @@ from ird_search.samples import SampleSet
 from ird_search.selection import top_k
 from ird_search.selector import Selector
 from ird_search.task import Classification
+
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""With this in the environment, memory of a megabyte and more is given back once it is freed."""
 
 DENSITY = 0.005
 TASK = Classification(2)
@@ -317,58 +323,87 @@ def summary(rounds: list[dict[str, Time]], base: str = PLAIN) -> dict[str, dict[
 
 
 def tried(name: str, call: Callable[[], Any], s: Setting, true: Answers) -> dict[str, float]:
-    """The peak memory of a way in MB, and how far its answers are off.
+    """The resident peak of a way in MB, and how far its answers are off.
 
     Raises:
         SystemExit: they are wrong.
     """
     found: list[Any] = []
     figures = {"held_mb": round(peak_of(lambda: found.append(call())), 1)}
-    told = None if name == PLAIN else answers(name, found.pop(), s)
-    found.clear()
-    figures["peak_mb"] = round(peak_of(call, hold=False), 1)
-    if told is None:
+    if name == PLAIN:
         return figures
-    figures["error"] = float(f"{error(told, true, s.space):.1e}")
+    figures["error"] = float(f"{error(answers(name, found.pop(), s), true, s.space):.1e}")
     if not figures["error"] <= TOLERANCE:
         raise SystemExit(f"{name!r} is off plain autograd by {figures['error']:.1e}.")
     return figures
 
 
-def compare(
-    shape: Shape, model: nn.Module, tokens: int, *, embeddings: bool, rounds: int
-) -> dict[str, Any]:
-    """All ways on samples of one length."""
-    s = setting(model, tokens, embeddings=embeddings, count=shape.samples)
+def calls(s: Setting, shape: Shape, *, embeddings: bool) -> dict[str, Callable[[], Any]]:
+    """All ways that are there."""
     names = [n for n in shape.ways if available(n) and not (embeddings and n in WHOLE_TABLES)]
-    engine = make_engine(model, TASK, s.space, example=s.samples.batch([0, 1]))
-    calls, true = {name: way(name, s, engine) for name in names}, reference(s)
-    once = {name: tried(name, call, s, true) for name, call in calls.items()}
+    engine = make_engine(s.model, TASK, s.space, example=s.samples.batch([0, 1]))
+    return {name: way(name, s, engine) for name in names}
+
+
+def peaks(key: str, lengths: list[int], *, embeddings: bool) -> dict[str, dict[str, float]]:
+    """What ways need at once, in MB by length and way, measured in a process that gives back."""
+    command = [sys.executable, "-m", "benchmarks.peaks", key, "--lengths", *map(str, lengths)]
+    done = subprocess.run(
+        [*command, "--embeddings"] if embeddings else command,
+        env={**os.environ, **GIVES_BACK},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout))
+
+
+def compare(
+    shape: Shape,
+    model: nn.Module,
+    tokens: int,
+    needed: Mapping[str, float],
+    *,
+    embeddings: bool,
+    rounds: int,
+) -> dict[str, Any]:
+    """All ways on samples of one length, beside what they need at once in MB."""
+    s = setting(model, tokens, embeddings=embeddings, count=shape.samples)
+    ways, true = calls(s, shape, embeddings=embeddings), reference(s)
+    once = {name: tried(name, call, s, true) for name, call in ways.items()}
     del true
-    found = summary([{n: timed(c) for n, c in calls.items()} for _ in range(rounds)])
+    found = summary([{n: timed(c) for n, c in ways.items()} for _ in range(rounds)])
     for name, figures in once.items():
-        found[name] |= figures
-        for kind in ("peak", "held"):
-            mb = figures[f"{kind}_mb"]
-            found[name][f"{kind}_ratio"] = round(mb / once[PLAIN][f"{kind}_mb"], 3)
+        found[name] |= {
+            **figures,
+            "held_ratio": round(figures["held_mb"] / once[PLAIN]["held_mb"], 3),
+            "peak_mb": needed[name],
+            "peak_ratio": round(needed[name] / needed[PLAIN], 3),
+        }
     return {"tokens": tokens, "embeddings": embeddings, "candidates": s.space.numel, "ways": found}
 
 
 def available(name: str) -> bool:
     """Whether the library that a way needs is here."""
     if name in BY_OPACUS and find_spec("opacus") is None:
-        print(f"{name!r} is left out: Opacus is missing; pip install 'ird_search[bench]'.")
+        print(
+            f"{name!r} is left out: Opacus is missing; pip install 'ird_search[bench]'.",
+            file=sys.stderr,
+        )
         return False
     return True
 
 
 def measured(
-    shape: Shape, lengths: list[int], *, embeddings: bool, rounds: int
+    key: str, lengths: list[int], *, embeddings: bool, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """The results of one model, after each of its settings."""
+    shape, choices = MODELS[key], (False, True) if embeddings else (False,)
+    needed = {tables: peaks(key, lengths, embeddings=tables) for tables in choices}
     model, settings = shape.model(), list[dict[str, Any]]()
-    for tables, tokens in product((False, True) if embeddings else (False,), lengths):
-        one = compare(shape, model, tokens, embeddings=tables, rounds=rounds)
+    for tables, tokens in product(choices, lengths):
+        mb = needed[tables][str(tokens)]
+        one = compare(shape, model, tokens, mb, embeddings=tables, rounds=rounds)
         show(f"{shape.title}, T={tokens}, {one['candidates']:,} candidates", one["ways"])
         settings.append(one)
         yield {
@@ -468,7 +503,7 @@ def main() -> None:
     result = {"mask_density": DENSITY, "models": {}} | kept(options.output / "fisher.json")
     for name in options.model:
         wanted = {"embeddings": options.embeddings, "rounds": options.rounds}
-        for one in measured(MODELS[name], options.lengths, **wanted):
+        for one in measured(name, options.lengths, **wanted):
             result["models"][name] = one
             write_result("fisher", result, options.output)
     for name in options.also:

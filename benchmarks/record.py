@@ -15,11 +15,6 @@ from ird_search.environment import environment
 RESULTS = Path(__file__).parent / "results"
 """Where results are written unless told otherwise."""
 
-M_MMAP_THRESHOLD = -3
-"""What `mallopt` sets: tensors of so many bytes and more are mapped by themselves."""
-HELD = 32 * 2**20
-"""What glibc raises it to by itself."""
-
 
 def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write `<name>.json`, and `environment.json` beside it; returns the first.
@@ -32,24 +27,14 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     return _write(folder / f"{name}.json", {**result, "environment": here})
 
 
-def peak_of(call: Callable[[], object], *, hold: bool = True) -> float:
-    """MB that a call needs on top of what is resident before it (Linux, glibc).
-
-    Args:
-        hold: whether the allocator may hold freed memory for later, as it does by default; else
-            tensors of a megabyte and more are given back at once, and the peak is what is needed.
-    """
-    libc = ctypes.CDLL(None)
+def peak_of(call: Callable[[], object]) -> float:
+    """MB that a call needs on top of what is resident before it (Linux)."""
     gc.collect()
-    libc.malloc_trim(0)  # what the allocator still holds would be used unseen
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator still holds would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    libc.mallopt(M_MMAP_THRESHOLD, HELD if hold else 2**20)
     before = _memory("VmRSS")
-    try:
-        call()
-        return _memory("VmHWM") - before
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, HELD)
+    call()
+    return _memory("VmHWM") - before
 
 
 def _memory(field: str) -> float:
