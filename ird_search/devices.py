@@ -47,7 +47,7 @@ def untouched_zeros(size: int, device: torch.device) -> torch.Tensor:
         with suppress(OSError):  # torch says better than it that there is no memory
             pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             return torch.frombuffer(pages, dtype=torch.float32)
-    return torch.zeros(size, device=device)
+    return torch.zeros(size, dtype=torch.float32, device=device)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ird_search.errors import out_of_memory
+from ird_search.fisher.native import NoCompilerError
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,12 @@ def _tried(
     try:
         add_squares: Squares = import_module(f"ird_search.fisher.{module}").add_squares
         error = _error(add_squares, device, left, right)
-    except (ImportError, FileNotFoundError) as missing:
+    except (ImportError, NoCompilerError) as missing:
         log.info("Gradients of linear layers are formed in memory on %s: %s", device, missing)
         return None
     except Exception as problem:  # whatever a compiler or a driver raises
         if out_of_memory(problem):
-            raise
+            raise MemoryError(str(problem)) from problem
         told = (str(problem).splitlines() or ["no message"])[0][:200]
         log.warning("The fused kernel fails on %s: %s: %s", device, type(problem).__name__, told)
         return None
@@ -90,7 +91,7 @@ def _error(add_squares: Squares, device: torch.device, *dtypes: torch.dtype) -> 
     )
     g = torch.bmm(left.double().mT, right.double()).flatten(1)
     marks = (torch.rand(g.shape[1], generator=generator) < 0.3).to(device, torch.uint8)
-    squares, means = torch.zeros(2, g.shape[1], device=device)
+    squares, means = torch.zeros(2, g.shape[1], dtype=torch.float32, device=device)
     scores = add_squares(left, right, sums=squares, means=means, marks=marks)
     pairs = (
         (squares, g.square().sum(0)),

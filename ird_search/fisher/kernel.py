@@ -160,7 +160,8 @@ def add_squares(
     share = triton.cdiv(batch, parts)
     parts = triton.cdiv(batch, share)
     outs = [x if x is None or parts == 1 else x.new_zeros(parts, m * n) for x in (sums, means)]
-    scores = torch.zeros(tiles[0] * tiles[1], batch if scored else 1, device=left.device)
+    each = (tiles[0] * tiles[1], batch if scored else 1)
+    scores = torch.zeros(each, dtype=torch.float32, device=left.device)
     arguments: dict[str, Any] = {
         "HAS_SUMS": sums is not None,
         "HAS_MEANS": means is not None,

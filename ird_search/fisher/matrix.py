@@ -293,7 +293,9 @@ class FisherMatrix:
         masks = self._columns(columns) or {}
         whole = {n for n, m in masks.items() if m.count >= SAMPLED * m.numel}
         squares = {
-            n: torch.zeros(m.numel if n in whole else m.count, device=self.device)
+            n: torch.zeros(
+                m.numel if n in whole else m.count, dtype=torch.float32, device=self.device
+            )
             for n, m in masks.items()
         }
         means = {n: torch.zeros_like(t) for n, t in squares.items()} if mean else {}
