@@ -27,16 +27,13 @@ MODELS = [case for case in CASES if case.name in ("conv", "bert-sdpa", "gpt2", "
 OTHER_PROCESSORS = (("-mno-avx512f",), ("-mno-avx",))
 
 
-def needs_a_compiler() -> None:
-    try:
-        native._compiler()
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
-
-
 @pytest.fixture
 def compiled() -> None:
-    needs_a_compiler()
+    """Skipped where nothing can be compiled."""
+    try:
+        native._compiler()
+    except native.NoCompilerError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture
