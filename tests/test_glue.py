@@ -299,6 +299,19 @@ def test_the_table_of_correlations_is_spearmans() -> None:
     assert tables.correlation(rows).splitlines()[-1] == "| 1.00% | 6 | -1.00 | 1.00 |"
 
 
+def test_lines_under_more_seeds_have_a_table_of_their_own(tmp_path: Path) -> None:
+    setup = {"pool": 8, "train": 8, "proxy_steps": 6}
+    for folder, seeds in (("", 2), (tables.MORE, 4)):
+        rows = {"one": told("random", steps=6, losses=[float(seeds)] * seeds)}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = json.dumps({"setup": setup, "cells": rows})
+        (tmp_path / folder / "digits.json").write_text(text, encoding="utf-8")
+    found = tables.made(tmp_path)
+    assert list(found) == ["methods digits", "more seeds digits"]
+    assert "| random | 2.000 " in found["methods digits"]
+    assert "| random | 4.000 " in found["more seeds digits"]
+
+
 def test_a_page_is_filled_between_its_markers() -> None:
     page = "a <!-- table: x -->old<!-- end --> b <!-- table: y z --><!-- end --> c"
     once = tables.filled(page, {"x": "1", "y z": "2"})

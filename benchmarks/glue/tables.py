@@ -25,6 +25,8 @@ Row = Mapping[str, Any]
 END = "<!-- end -->"
 OTHERS = "seed-*"
 """Folders with the results of other problems of the same kind."""
+MORE = "more-seeds"
+"""The folder with lines of the same problems under more seeds."""
 
 
 def made(folder: Path) -> dict[str, str]:
@@ -36,6 +38,8 @@ def made(folder: Path) -> dict[str, str]:
             cells = list(cells_of(path).values())
             setup = json.loads(path.read_text(encoding="utf-8"))["setup"]
             found |= {f"{name} {task}": text for name, text in _tables(cells, setup)}
+            if more := list(cells_of(folder / MORE / path.name).values()):
+                found[f"more seeds {task}"] = by_length(more)
             paths = [path, *sorted(folder.glob(f"{OTHERS}/{task}.json"))]
             if len(paths) > 1:
                 each = [list(cells_of(p).values()) for p in paths]
