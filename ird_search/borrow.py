@@ -17,9 +17,10 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     """Use a model and hand it back as it was, also after an exception.
 
     Kept: `training` of every submodule, `requires_grad` and `.grad` of every parameter (gradients
-    are set aside meanwhile, so that nothing adds to them), `config.use_cache` (off meanwhile), and
-    the global random states of torch, numpy and Python. Not kept: weights and hooks; who changes
-    those restores them.
+    are set aside meanwhile, so that nothing adds to them), `config.use_cache` and `sparse` of
+    embeddings (off meanwhile: the same gradients, in a layout that all operations know), and the
+    global random states of torch, numpy and Python. Not kept: weights and hooks; who changes those
+    restores them.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -31,12 +32,16 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
     """
     training = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    tables = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    sparse = [table for table in tables if table.sparse]
     config: Any = getattr(unwrapped(model), "config", None)
     use_cache = getattr(config, "use_cache", None)
     with random_state_kept():
         try:
             for p, _, _ in parameters:
                 p.grad = None
+            for table in sparse:
+                table.sparse = False
             if use_cache is not None:
                 config.use_cache = False
             yield model
@@ -46,6 +51,8 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
             for p, flag, grad in parameters:
                 p.requires_grad_(flag)
                 p.grad = grad
+            for table in sparse:
+                table.sparse = True
             if use_cache is not None:
                 config.use_cache = use_cache
 

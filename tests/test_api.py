@@ -351,6 +351,19 @@ def test_scores_of_padded_texts_equal_a_plain_loop(method: str) -> None:
     assert method in scores.path
 
 
+@pytest.mark.parametrize("method", ["taps", "vmap", "loop"])
+def test_a_table_with_sparse_gradients_scores_like_any_other(method: str) -> None:
+    model = tiny_bert()
+    settings = {"processor": tiny_tokenizer(), "embeddings": True, "method": method}
+    plain = fisher_scores(model, TEXTS, device="cpu", **settings)
+    model.get_input_embeddings().sparse = True
+    scores = fisher_scores(model, TEXTS, device="cpu", **settings)
+    assert scores.path == method
+    assert torch.equal(scores.by_sample, plain.by_sample)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(scores.by_parameter[name], plain.by_parameter[name])
+
+
 def test_a_mask_of_another_model_is_refused() -> None:
     space = ParameterSpace(("0.weight", "1.weight"), ((3, 4), (2,)))
     mask = SparseMask(space, torch.tensor([0]))

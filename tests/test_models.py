@@ -391,6 +391,19 @@ def test_a_model_is_handed_back_as_it_was(fails: bool) -> None:
     assert random_states() == expected
 
 
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_tables_with_sparse_gradients_have_dense_ones_meanwhile(table: Any) -> None:
+    model = nn.Sequential(table(5, 2, sparse=True), table(5, 2))
+    words = torch.tensor([[1, 4, 1]])
+    with borrowed(model):
+        (lent,) = torch.autograd.grad(model[0](words).sum(), model[0].weight)
+        assert not lent.is_sparse
+    assert [m.sparse for m in model] == [True, False]
+    model[0](words).sum().backward()
+    assert model[0].weight.grad.is_sparse
+    assert torch.equal(model[0].weight.grad.to_dense(), lent)
+
+
 def test_a_plain_module_is_borrowed_too() -> None:
     model = nn.Linear(2, 1)
     with borrowed(model):
