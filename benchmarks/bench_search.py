@@ -34,8 +34,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from benchmarks.bench_fisher import minilm
 from benchmarks.record import RESULTS, write_result
+from benchmarks.ways import minilm
 from ird_search import opening, search_mask
 from ird_search.fisher import FisherMatrix
 

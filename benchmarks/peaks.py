@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_fisher
 from benchmarks.record import peak_of
+from benchmarks.ways import MODELS, all_ways, setting
 
 
 def peaks(name: str, lengths: list[int], *, embeddings: bool) -> dict[int, dict[str, float]]:
     """Each way runs once before, so that nothing is set up meanwhile."""
-    shape = bench_fisher.MODELS[name]
+    shape = MODELS[name]
     model, found = shape.model(), dict[int, dict[str, float]]()
     for tokens in lengths:
         found[tokens] = {}
-        s = bench_fisher.setting(model, tokens, embeddings=embeddings, count=shape.samples)
-        for way, call in bench_fisher.calls(s, shape, embeddings=embeddings).items():
+        s = setting(model, tokens, embeddings=embeddings, count=shape.samples)
+        for way, call in all_ways(s, shape, embeddings=embeddings).items():
             call()
             found[tokens][way] = round(peak_of(call), 1)
     return found
@@ -33,7 +33,7 @@ def peaks(name: str, lengths: list[int], *, embeddings: bool) -> dict[int, dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=list(bench_fisher.MODELS))
+    parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens")
     parser.add_argument("--embeddings", action="store_true", help="their tables as candidates, too")
     options: Any = parser.parse_args()
