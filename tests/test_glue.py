@@ -19,7 +19,8 @@ from benchmarks.glue.cells import FOLDER, Cell, Results, cells_of
 from benchmarks.glue.efficiency import reached, stages
 from benchmarks.glue.judging import Line, judge
 from benchmarks.glue.methods import GROUPS, METHODS, ONCE, READINGS, RULES, chosen, run_search
-from benchmarks.glue.scales import random_rows, sizes
+from benchmarks.glue.scales import READINGS as OF_ROWS
+from benchmarks.glue.scales import compare, random_rows, sizes
 from benchmarks.glue.shifted import area, flipped, lopsided
 from benchmarks.glue.tasks import Corpus, classes, joined, parted
 from ird_search import moves
@@ -143,6 +144,15 @@ def test_scales_double_up_to_the_pool(bench: Bench) -> None:
     assert sizes(20) == [1, 2, 4, 8, 16, 20]
     draw = random_rows(bench, K, 4, Reading()).draw
     assert draw(1).mask == bench.standard.fish(bench.random_rows(4, 1), K)
+
+
+def test_scales_that_are_named_are_compared(bench: Bench) -> None:
+    kept: list[Cell] = []
+    compare(bench, kept.append, [0.1], [2, 8], list(OF_ROWS))
+    done = {(c.setting["rows"], c.setting["reading"]) for c in kept}
+    assert done == {(2, "fisher"), (8, "fisher"), (8, "snr")}  # two rows have no signs to count
+    assert {c.method for c in kept} == {"fish", "ird"} and len(kept) == 6
+    assert all(("fish" in c.over) == (c.method == "ird") for c in kept)
 
 
 def test_a_search_is_told_round_by_round(bench: Bench) -> None:

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         if options.experiment == "methods":
             compared.compare(bench, keep, names, options.density)
         elif options.experiment == "scales":
-            scales.compare(bench, keep, options.density)
+            scales.compare(bench, keep, options.density, options.rows, options.readings)
         elif options.experiment == "shifted":
             other = None
             if options.task in ("digits", "sst2"):
@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     add("task", nargs="?", choices=TASKS)
     add("--methods", nargs="+", default=["core"], metavar="NAME", help=_told())
     add("--density", nargs="+", type=float, default=list(DENSITIES))
+    add("--rows", nargs="*", type=int, default=[], help="of scales; by default 1, 2, 4, … and all")
+    readings = list(scales.READINGS)
+    add("--readings", nargs="+", choices=readings, default=readings, help="of the rows of scales")
     add("--strategies", nargs="+", choices=efficiency.STRATEGIES, default=["walk", "tpe"])
     add("--rounds", type=int, default=4, help="of the searches whose cost is measured")
     add("--trials", type=int, default=40, help="of tpe and random there")

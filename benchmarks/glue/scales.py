@@ -19,13 +19,22 @@ from ird_search.reading import Reading
 SNR_ROWS = 8
 """The fewest rows whose signs say something."""
 
+READINGS = {str(reading): reading for reading in (PLAIN, SNR)}
 
-def compare(bench: Bench, keep: Keep, densities: Sequence[float]) -> None:
-    """All scales, by the plain reading of the rows and by signal-to-noise."""
+
+def compare(
+    bench: Bench,
+    keep: Keep,
+    densities: Sequence[float],
+    rows: Sequence[int],
+    readings: Sequence[str],
+) -> None:
+    """Some scales, or all where no rows are named, by some readings of the rows."""
     for density in densities:
-        for n in sizes(len(bench.pool)):
-            for reading in (PLAIN, SNR) if n >= SNR_ROWS else (PLAIN,):
-                _compare(bench, keep, density, n, reading)
+        for n in rows or sizes(len(bench.pool)):
+            for name in readings:
+                if n >= SNR_ROWS or name == str(PLAIN):
+                    _compare(bench, keep, density, n, READINGS[name])
 
 
 def sizes(total: int) -> list[int]:
