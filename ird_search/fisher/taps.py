@@ -24,21 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ird_search.fisher.combined import added
-from ird_search.fisher.engine import Contribution, all_finite
-from ird_search.fisher.gradients import Dense, SampleGradients
-from ird_search.fisher.loop import Loop
-from ird_search.fisher.rules import Call
-from ird_search.fisher.sites import (
+from ird_search.fisher.calls import (
     Calls,
     Form,
     constant,
-    find_sites,
     form_of,
     per_sample,
     probe,
     tapped,
 )
+from ird_search.fisher.combined import added
+from ird_search.fisher.engine import Contribution, all_finite
+from ird_search.fisher.gradients import Dense, SampleGradients
+from ird_search.fisher.loop import Loop
+from ird_search.fisher.rules import Call
+from ird_search.fisher.sites import find_sites
 from ird_search.samples import Batch
 from ird_search.task import Task, logits_of
 
