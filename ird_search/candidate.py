@@ -24,8 +24,8 @@ Kind = Literal["ird", "fish", "random", "full", "head", "reversed", "magnitude",
 RATE_STEP = 10**0.5
 """Rates are tried a factor of about 3 apart."""
 
-AGAIN = -1
-"""The seed under which a rate is tried once more."""
+AGAIN = (-1, -2)
+"""The seeds under which rates are tried once more."""
 
 MORE_RATES = 3
 """At most so many are tried beyond the ends of those that a probe begins with."""
@@ -101,8 +101,8 @@ class Attempt:
 
     Args:
         steps: how many optimizer steps.
-        seed: which order of batches; 0 is the one that candidates are compared on, `AGAIN` the one
-            that rates are confirmed on, 1, 2, … those that count.
+        seed: which order of batches; 0 is the one that candidates are compared on, those of
+            `AGAIN` confirm rates, 1, 2, … count.
         verdict: evaluate on the samples that no choice has seen.
     """
 

@@ -1,9 +1,10 @@
 """The contest: everyone's learning rate is found alike, then come the fine-tunes that count.
 
 1. A probe of rates under one seed, on the samples that choose.
-2. The best rate and the next lower one again under another seed: the largest rate that one seed
-   bears may be one that another does not.
-3. Fresh seeds at the better of the two, on samples that no choice has seen.
+2. The best rate and its two neighbours again under two other seeds, and beyond an end while that is
+   better: the mean over all three seeds decides. What one seed bears another may not, and of near
+   ones the best under one seed is best by chance.
+3. Fresh seeds at that rate, on samples that no choice has seen.
 """
 
 from __future__ import annotations
@@ -12,11 +13,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ird_search.candidate import AGAIN, Attempt, Candidate, ProxyScore, Trial
+import numpy as np
+
+from ird_search.candidate import (
+    AGAIN,
+    Attempt,
+    Candidate,
+    Probe,
+    ProxyScore,
+    Trial,
+    rate_at,
+)
 from ird_search.controls import Draw
 from ird_search.proxy import Proxies
 
 Name = TypeVar("Name", bound=str)
+
+SEEDS = (0, *AGAIN)
+"""Those whose mean decides between rates."""
+
+MORE = 2
+"""At most so many rates are tried again beyond the neighbours of the best."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +41,9 @@ class Outcome:
     """What became of one contestant.
 
     Args:
-        first: what was drawn for seed 0, whose rate was found.
+        first: what was drawn for seed 0, whose rates were probed.
         probe: on the samples that choose, under seed 0; the best is the one at the rate chosen.
-        again: under another seed, at the best rate and the next lower one.
+        again: the fine-tunes that confirmed it, under every seed of `SEEDS`.
         trials: those that count, one for each seed; none where the probe found no rate.
     """
 
@@ -63,27 +80,51 @@ def contest(
 
 
 def steadier(probe: ProxyScore, again: Sequence[Trial]) -> ProxyScore:
-    """A probe whose best is that of the rates tried again with the lowest mean score.
+    """A probe whose best is at the rate with the lowest mean score of those tried again.
 
     A rate at which a fine-tune fails is out, unless all do.
     """
-    first = {t.rate: t for t in probe.trials if t.ok}
-    both = {t.rate: (first[t.rate].score + t.score) / 2 for t in again if t.ok}
-    if not both:
+    means = {rate: mean for rate, mean in _means(again).items() if mean.ok}
+    if not means:
         return probe
-    return replace(probe, best=first[min(both, key=lambda rate: (both[rate], rate))])
+    rate = min(means, key=lambda r: (means[r].score, r))
+    return replace(probe, best=next(t for t in again if (t.rate, t.seed) == (rate, 0)))
 
 
 def _again(
     draws: Sequence[Draw], probes: Sequence[ProxyScore], proxies: Proxies, steps: int
 ) -> list[tuple[Trial, ...]]:
-    """The best rate of each and the next lower one that worked, under another seed."""
-    wanted = []
-    for draw, probe in zip(draws, probes, strict=True):
-        rates = sorted(t.rate for t in probe.trials if t.ok and t.rate <= probe.best.rate)[-2:]
-        one = draw(AGAIN)
-        wanted.append([Attempt(one, r, steps, AGAIN) for r in rates] if len(rates) > 1 else [])
-    return _each(proxies, wanted)
+    """Rates around the best of each, under every seed; none where a rate was given or all fail."""
+    drawn = {
+        i: [draw(s) for s in SEEDS]
+        for i, (draw, probe) in enumerate(zip(draws, probes, strict=True))
+        if len(probe.trials) > 1 and probe.best.ok
+    }
+    around = {
+        i: Probe(ones[0], [rate_at(probes[i].best.rate, j) for j in (-1, 0, 1)], more=MORE)
+        for i, ones in drawn.items()
+    }
+    done: list[list[Trial]] = [[] for _ in draws]
+    while wanted := [(i, rate) for i, probe in around.items() for rate in probe.wanted()]:
+        attempts = [
+            [Attempt(one, rate, steps, s) for one, s in zip(drawn[i], SEEDS, strict=True)]
+            for i, rate in wanted
+        ]
+        for (i, rate), trials in zip(wanted, _each(proxies, attempts), strict=True):
+            done[i] += trials
+            around[i].trials[rate] = _means(trials)[rate]
+    return [tuple(trials) for trials in done]
+
+
+def _means(trials: Sequence[Trial]) -> dict[float, Trial]:
+    """The mean score at each rate; a failure where one seed failed."""
+    means = {}
+    for rate in dict.fromkeys(t.rate for t in trials):
+        same = [t for t in trials if t.rate == rate]
+        failure = next((t.failure for t in same if not t.ok), "")
+        score = 0.0 if failure else float(np.mean([t.score for t in same]))
+        means[rate] = Trial(rate, 0, score, score, failure=failure)
+    return means
 
 
 def _each(proxies: Proxies, wanted: Sequence[Sequence[Attempt]]) -> list[tuple[Trial, ...]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from ird_search.candidate import (
     AGAIN,
     Attempt,
     Candidate,
+    Kind,
     Probe,
     ProxyScore,
     Trial,
@@ -54,6 +55,9 @@ from ird_search.scoring import scoring_steps
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
 from ird_search.training import Diverged, Snapshot, finetune, snapshot
+
+_TRAINED: Mapping[Kind, str] = {"full": "everything, the head at its own rate", "head": "head"}
+"""What is trained, as a part of a unit's address."""
 
 GROUP = 8
 """Batches whose rows are sorted by length together."""
@@ -129,7 +133,7 @@ class Proxies:
         orders = [(derive(c.seed, "batches", 0), longest)]
         orders += [
             (derive(c.seed, "batches", s), self.verdict_steps)
-            for s in (AGAIN, *range(1, c.seeds + 1))
+            for s in (*AGAIN, *range(1, c.seeds + 1))
         ]
         orders.append((derive(c.seed, "warm-up"), c.warmup_steps))
         orders.append(
@@ -339,7 +343,7 @@ class Proxies:
             "start": self.start,
             "head_rate": c.head_learning_rate,
             "settings": (attempt.steps, c.batch_size, c.weight_decay, c.score, c.seed),
-            "kind": candidate.kind if candidate.kind in ("full", "head") else "mask",
+            "kind": _TRAINED.get(candidate.kind, "mask"),
             "mask": candidate.mask.digest,
             "adapter": None if adapter is None else adapter.about,
             "rate": attempt.rate,
@@ -396,30 +400,39 @@ class Proxies:
 
     def _train(self, candidate: Candidate, rate: float, seed: int, steps: int) -> None:
         """One short fine-tune in place: `steps` batches in an order drawn from `seed`."""
-        p, c = self.problem, self.config
-        dense = self._dense(candidate)
+        p, dense = self.problem, self._dense(candidate)
         if not dense and not candidate.mask.count:
             return
         batches = self._batches(seed, steps)
         torch.manual_seed(derive(seed, "dropout"))
         with trainable_only(p.model, candidate.mask, dense=dense):
-            optimizer: torch.optim.Optimizer
-            if candidate.kind == "full":
-                trained = [w for w in p.model.parameters() if w.requires_grad]
-                optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=c.weight_decay)
-            else:
-                head_rate = rate if candidate.kind == "head" else c.head_learning_rate
-                optimizer = MaskedAdamW(
-                    p.model,
-                    candidate.mask,
-                    lr=rate,
-                    weight_decay=c.weight_decay,
-                    dense=dense,
-                    dense_lr=head_rate if dense else None,
-                )
+            optimizer = self._optimizer(candidate, rate, dense)
             there = (p.train.batch(rows, p.device) for rows in batches)
             with sparse_backward(p.model, candidate.mask, dense):
                 finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
+
+    def _optimizer(
+        self, candidate: Candidate, rate: float, dense: Sequence[str]
+    ) -> torch.optim.Optimizer:
+        """The candidate at its rate, and beside it the head at the head's."""
+        p, c = self.problem, self.config
+        head_rate = rate if candidate.kind == "head" else c.head_learning_rate
+        if candidate.kind == "full":
+            head = {id(p.model.get_parameter(name)) for name in p.head}
+            trained = [w for w in p.model.parameters() if w.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [w for w in trained if id(w) not in head]},
+                {"params": [w for w in trained if id(w) in head], "lr": head_rate},
+            ]
+            return torch.optim.AdamW(groups, lr=rate, weight_decay=c.weight_decay)
+        return MaskedAdamW(
+            p.model,
+            candidate.mask,
+            lr=rate,
+            weight_decay=c.weight_decay,
+            dense=dense,
+            dense_lr=head_rate if dense else None,
+        )
 
 
 def training_batches(samples: SampleSet, steps: int, *, size: int, seed: int) -> list[Tensor]:

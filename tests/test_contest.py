@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,19 +45,20 @@ class Table(Proxies):
         return Candidate("random", random_mask(self.problem.space, 4, 0, s), start=0.01)
 
 
-def test_the_mean_of_both_seeds_decides() -> None:
+def test_the_mean_over_seeds_decides() -> None:
     first = probe(0.30, 0.35, 0.9)  # at rates 1, 0.1, 0.01
+    at = [trial(1.0, 0.30), trial(0.1, 0.35)]
     assert steadier(first, ()) is first
-    unstable = [trial(1.0, 0.8, AGAIN), trial(0.1, 0.37, AGAIN)]
+    unstable = [*at, trial(1.0, 0.8, -1), trial(0.1, 0.37, -1)]
     assert steadier(first, unstable).best == trial(0.1, 0.35)
     assert steadier(first, unstable).trials == first.trials
-    steady = [trial(1.0, 0.33, AGAIN), trial(0.1, 0.37, AGAIN)]
+    steady = [*at, trial(1.0, 0.33, -1), trial(0.1, 0.37, -1)]
     assert steadier(first, steady).best == trial(1.0, 0.30)
-    tied = [trial(1.0, 0.40, AGAIN), trial(0.1, 0.35, AGAIN)]
+    tied = [*at, trial(1.0, 0.40, -1), trial(0.1, 0.35, -1)]
     assert steadier(first, tied).best.rate == 0.1  # the lower one
-    failed = [trial(1.0, 0.0, AGAIN, "it diverged"), trial(0.1, 0.7, AGAIN)]
+    failed = [*at, trial(1.0, 0.0, -1, "it diverged"), trial(0.1, 0.7, -1)]
     assert steadier(first, failed).best.rate == 0.1
-    both = [trial(r, 0.0, AGAIN, "it diverged") for r in (1.0, 0.1)]
+    both = [*at, *(trial(r, 0.0, -1, "it diverged") for r in (1.0, 0.1))]
     assert steadier(first, both) is first
 
 
@@ -69,12 +71,34 @@ def test_a_rate_that_only_one_seed_bears_is_not_taken() -> None:
     proxies = Table(answer)
     found = contest({"it": proxies.drawn}, proxies, steps=7, seeds=2)["it"]
     assert found.probe.best.rate == 0.01 and len(found.trials) == 2
-    again = [a for a in proxies.asked if a.seed == AGAIN]
-    assert len({a.rate for a in again}) == len(again) == 2 and not any(a.verdict for a in again)
-    assert {a.candidate.mask for a in again} == {proxies.drawn(AGAIN).mask}
+    for seed in AGAIN:
+        again = [a for a in proxies.asked if a.seed == seed]
+        assert len({a.rate for a in again}) == len(again) >= 3
+        assert not any(a.verdict for a in again)
+        assert {a.candidate.mask for a in again} == {proxies.drawn(seed).mask}
     counted = [a for a in proxies.asked if a.verdict]
     assert [(a.seed, a.rate) for a in counted] == [(1, 0.01), (2, 0.01)]
     assert {a.steps for a in proxies.asked} == {7}
+
+
+@pytest.mark.parametrize("best", [1e-3, 3.2e-3, 1e-1, 1.0])
+def test_a_rate_that_one_seed_dislikes_is_found_by_the_others(best: float) -> None:
+    """Seed 0 alone ends too low, whatever it is that the others want."""
+
+    def answer(a: Attempt) -> float:
+        wanted = best / 10 if a.seed == 0 else best
+        return 0.2 + abs(math.log10(a.rate / wanted)) ** 2
+
+    proxies = Table(answer)
+    found = contest({"it": proxies.drawn}, proxies, steps=7, seeds=1)["it"]
+    tried = sorted({a.rate for a in proxies.asked if a.seed in AGAIN})
+
+    def mean(rate: float) -> float:
+        ones = [answer(Attempt(proxies.drawn(s), rate, 7, s)) for s in (0, *AGAIN)]
+        return sum(ones) / 3
+
+    assert found.probe.best.rate == min(tried, key=mean)
+    assert tried[0] < found.probe.best.rate < tried[-1]  # not an end
 
 
 def test_what_fails_at_every_rate_runs_no_seed() -> None:

@@ -110,6 +110,30 @@ def test_the_model_is_put_back(kind: Any) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["full", "ird", "head"])
+def test_the_head_has_its_own_rate_beside_whatever_is_trained(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's first step is as long as its rate, wherever there is a gradient."""
+    proxies = toy_proxies(head_learning_rate=0.07)
+    model, before = proxies.problem.model, bits(proxies.problem.model)
+    moved: dict[str, float] = {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        for name, p in model.named_parameters():
+            moved[name] = float((p.detach() - before[name]).abs().max())
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", look)
+    mask = toy_mask(proxies.problem, *range(40))
+    candidate = Candidate(kind, mask if kind == "ird" else proxies.head_only().mask)
+    assert proxies.trials([Attempt(candidate, 0.002, 1)])[0].ok
+    for name, distance in moved.items():
+        is_head = name in proxies.problem.head
+        rate = 0.002 if kind == "head" or not is_head else 0.07
+        assert distance == pytest.approx(rate if is_head or kind != "head" else 0.0, rel=1e-3), name
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_model_is_put_back_after_an_exception(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch

@@ -118,8 +118,9 @@ def judge(bench: Bench, entrant: Entrant, *, steps: int | None = None) -> Line:
         return replace(entrant.draw(s), start=start)
 
     found = contest({"it": drawn}, proxies, steps=steps, seeds=bench.config.seeds)["it"]
+    known = {t.rate for t in proxy.trials} if steps == proxies.steps else set()
+    tuned = {(t.seed, t.rate): t for t in (*found.probe.trials, *found.again)}
+    new = [t for t in tuned.values() if t.seed or t.rate not in known]
     cost = entrant.cost + Cost.of_scores([proxy], proxies)
-    if steps != proxies.steps:  # else the probe is the proxy
-        cost += Cost.of(found.probe.trials, steps)
-    cost += Cost.of((*found.again, *found.trials), steps)
+    cost += Cost.of((*new, *found.trials), steps)
     return Line(found.first, proxy, found, cost, entrant.figures)
