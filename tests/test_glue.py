@@ -262,6 +262,7 @@ def told(method: str, density: float | None = 0.01, **changes: Any) -> dict[str,
         "method": method,
         "density": density,
         "parameters": 10,
+        "rate": 0.1,
         "losses": [0.4, 0.6],
         "choose": 0.8,
         "tuned": 0.7,
@@ -319,6 +320,7 @@ def test_the_table_of_scales_counts_them() -> None:
 def test_the_table_of_correlations_is_spearmans() -> None:
     names = list(READINGS)[:6]
     rows = [told(n, losses=[i, i], choose=-i, tuned=i) for i, n in enumerate(names, start=1)]
+    rows.append({**rows[-1], "method": "walk"})  # the same mask once more
     assert tables.correlation(rows).splitlines()[-1] == "| 1.00% | 6 | -1.00 | 1.00 |"
 
 
@@ -330,9 +332,44 @@ def test_lines_under_more_seeds_have_a_table_of_their_own(tmp_path: Path) -> Non
         text = json.dumps({"setup": setup, "cells": rows})
         (tmp_path / folder / "digits.json").write_text(text, encoding="utf-8")
     found = tables.made(tmp_path)
-    assert list(found) == ["methods digits", "more seeds digits"]
-    assert "| random | 2.000 " in found["methods digits"]
-    assert "| random | 4.000 " in found["more seeds digits"]
+    assert list(found) == ["methods digits", "rates digits", "more seeds digits"]
+    assert (
+        "6 steps, 2 seeds" in found["methods digits"]
+        and "| random | 2.000 " in found["methods digits"]
+    )
+    assert (
+        "6 steps, 4 seeds" in found["more seeds digits"]
+        and "| random | 4.000 " in found["more seeds digits"]
+    )
+
+
+def test_problems_are_pooled_without_the_one_things_were_made_on(tmp_path: Path) -> None:
+    setup = {"pool": 8, "train": 8, "proxy_steps": 6}
+    for i, folder in enumerate(("", "seed-1", "seed-2")):
+        rows = {n: told(n, steps=6, over={"random": [0.1 + i / 10, 0.1]}) for n in ("snr", "mean")}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = json.dumps({"setup": setup, "cells": rows})
+        (tmp_path / folder / "digits.json").write_text(text, encoding="utf-8")
+    found = tables.made(tmp_path)["problems digits, 6 steps"]
+    assert "| 2 problems | 1.00% |" in found and "| snr | +0.250 ± " in found
+
+
+def test_the_table_of_rates_has_every_length() -> None:
+    rows = [
+        told("random", rate=0.1, steps=6),
+        told("random", rate=0.0316, steps=24),
+        told("snr", rate=0.01, steps=24),
+        told("full", None, rate=1e-4, steps=6),
+    ]
+    assert tables.rates(rows).splitlines() == [
+        "After 6, 24 steps:",
+        "",
+        "|  | own size | 1.00% |",
+        "| --- | --- | --- |",
+        "| random |  | 1e-01, 3e-02 |",
+        "| snr |  | –, 1e-02 |",
+        "| full | 1e-04, – |  |",
+    ]
 
 
 def test_a_page_is_filled_between_its_markers() -> None:

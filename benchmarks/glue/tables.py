@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 END = "<!-- end -->"
 OTHERS = "seed-*"
-"""Folders with the results of other problems of the same kind."""
+"""Folders with the results of other problems of the same kind than the one things were made on."""
 MORE = "more-seeds"
 """The folder with lines of the same problems under more seeds."""
 
@@ -40,13 +40,13 @@ def made(folder: Path) -> dict[str, str]:
             found |= {f"{name} {task}": text for name, text in _tables(cells, setup)}
             if more := list(cells_of(folder / MORE / path.name).values()):
                 found[f"more seeds {task}"] = by_length(more)
-            paths = [path, *sorted(folder.glob(f"{OTHERS}/{task}.json"))]
-            if len(paths) > 1:
-                each = [list(cells_of(p).values()) for p in paths]
-                for steps in _lengths(c for some in each for c in some):
-                    here = [[c for c in some if c["steps"] == steps] for some in each]
-                    if sum(map(bool, here)) > 1:
-                        found[f"problems {task}, {steps} steps"] = problems([h for h in here if h])
+            each = [
+                list(cells_of(p).values()) for p in sorted(folder.glob(f"{OTHERS}/{path.name}"))
+            ]
+            for steps in _lengths(c for some in each for c in some):
+                here = [[c for c in some if c["steps"] == steps] for some in each]
+                if sum(map(bool, here)) > 1:
+                    found[f"problems {task}, {steps} steps"] = problems([h for h in here if h])
     return found
 
 
@@ -86,6 +86,8 @@ def _tables(cells: Sequence[Row], setup: Mapping[str, Any]) -> Iterable[tuple[st
         if rows := [c for c in cells if c["experiment"] == name]:
             yield name, make(rows)
     rows = [c for c in cells if c["experiment"] == "methods"]
+    if rows:
+        yield "rates", rates(rows)
     for steps in _lengths(rows):
         same = [c for c in rows if c["steps"] == steps]
         for density in _densities(same):
@@ -98,21 +100,37 @@ def _tables(cells: Sequence[Row], setup: Mapping[str, Any]) -> Iterable[tuple[st
 
 def by_length(rows: Sequence[Row]) -> str:
     """Methods × densities, a table for each length of the fine-tunes that count."""
-    parts = [
-        f"After {steps} steps:\n\n{compared([c for c in rows if c['steps'] == steps])}"
-        for steps in _lengths(rows)
-    ]
+    parts = []
+    for steps in _lengths(rows):
+        here = [c for c in rows if c["steps"] == steps]
+        parts.append(f"After {steps} steps, {_seeds(here)}:\n\n{compared(here)}")
     return "\n\n".join(parts)
+
+
+def rates(rows: Sequence[Row]) -> str:
+    """Methods × densities: the learning rate after each length."""
+    lengths, densities = _lengths(rows), [None, *_densities(rows)]
+    body = []
+    for name in _plain(rows):
+        at = {(c["density"], c["steps"]): f"{c['rate']:.0e}" for c in rows if c["method"] == name}
+        told = [[at.get((d, steps), "–") for steps in lengths] for d in densities]
+        body.append([name, *("" if set(each) == {"–"} else ", ".join(each) for each in told)])
+    titles = ["own size", *(f"{d:.2%}" for d in densities if d is not None)]
+    after = ", ".join(map(str, lengths))
+    return f"After {after} steps:\n\n{_markdown(['', *titles], body)}"
+
+
+def _plain(rows: Sequence[Row]) -> list[str]:
+    """Methods in their order, without readings that have a ceiling and a skip."""
+    names = sorted({c["method"] for c in rows}, key=list(METHODS).index)
+    return [n for n in names if n not in READINGS or n.count(",") < 2]
 
 
 def compared(rows: Sequence[Row]) -> str:
     """Methods × densities: mean loss, and the gain over a random mask."""
     densities = _densities(rows)
-    known = list(METHODS)
-    names = sorted({c["method"] for c in rows}, key=known.index)
-    plain = [n for n in names if n not in READINGS or n.count(",") < 2]
     body = []
-    for name in plain:
+    for name in _plain(rows):
         own = {c["density"]: c for c in rows if c["method"] == name}
         if None in own:
             parameters = f"{own[None]['parameters']:,}" if own[None]["parameters"] else "all"
@@ -246,7 +264,8 @@ def correlation(rows: Sequence[Row]) -> str:
     """Spearman's rank correlation of what was known earlier with the final loss."""
     body = []
     for density in _densities(rows):
-        here = [c for c in rows if c["density"] == density and c["losses"]]
+        every = [c for c in rows if c["density"] == density and c["losses"]]
+        here = list({tuple(c["losses"]): c for c in every}.values())  # of one mask once
         told = []
         for known in ("choose", "tuned"):
             pairs = [(c[known], mean(c["losses"])) for c in here if c[known] is not None]
@@ -260,6 +279,12 @@ def correlation(rows: Sequence[Row]) -> str:
 
 def _lengths(rows: Iterable[Row]) -> list[int]:
     return sorted({c["steps"] for c in rows})
+
+
+def _seeds(rows: Iterable[Row]) -> str:
+    """How many each line has."""
+    counts = sorted({len(c["losses"]) for c in rows if c["losses"]})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
 
 
 def _densities(rows: Iterable[Row]) -> list[float]:
