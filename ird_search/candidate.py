@@ -162,7 +162,8 @@ class ProxyScore:
     """A candidate's score: its best trial over the learning rates it tried.
 
     Args:
-        best: the trial with the lowest score (a failed one only where all failed).
+        best: the trial with the lowest score (a failed one only where all failed); in a contest
+            the one at the rate with the lowest mean over several seeds.
         trials: all of the longest budget that it was given, in order of the rates.
         short: others of the same call were better after few steps, so it was given no more.
         probes: the shorter fine-tunes that found its rates, where it went on to longer ones.

@@ -148,10 +148,13 @@ class SearchConfig:
     )
     batch_size: int = setting(16, "samples in one optimizer step", low=1)
     learning_rate: float | None = setting(
-        None, "one rate for all; by default each candidate tries three", low=0, open=True
+        None,
+        "one rate for all but the head; by default each candidate tries three",
+        low=0,
+        open=True,
     )
     head_learning_rate: float = setting(
-        3e-3, "rate of the head while a mask is trained", low=0, open=True
+        3e-3, "rate of the head beside a mask or all else", low=0, open=True
     )
     weight_decay: float = setting(0.0, "AdamW weight decay, on selected entries only", low=0)
     score: Score = setting("loss", "what ranks proxies on held-out data (auc: two classes)")

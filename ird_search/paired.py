@@ -92,6 +92,7 @@ def crossed(ours: Tensor, theirs: Tensor) -> Gain:
 
     with Student's half widths of the S means over samples and of the n means over seeds. What the
     two share is counted twice, so the interval is a little wide. With one seed it is infinite.
+    What was decided once for all seeds (the mask, the learning rate) is taken as given.
 
     Args:
         ours, theirs: losses of the same seeds on the same samples: [S, n].

@@ -202,7 +202,8 @@ class Proxies:
         seed = derive(self.config.seed, "scoring point")
         for i in range(3):
             try:
-                self._train(self.full(), rate_at(rate, -i), seed, steps)
+                one = rate_at(rate, -i)
+                self._train(self.full(), one, seed, steps, head_rate=one)
                 return snapshot(self.problem.model)
             except Diverged as problem:
                 reason = problem.reason
@@ -398,25 +399,37 @@ class Proxies:
             return self.problem.head
         return tuple(n for n, p in self.problem.model.named_parameters() if p.requires_grad)
 
-    def _train(self, candidate: Candidate, rate: float, seed: int, steps: int) -> None:
-        """One short fine-tune in place: `steps` batches in an order drawn from `seed`."""
+    def _train(
+        self,
+        candidate: Candidate,
+        rate: float,
+        seed: int,
+        steps: int,
+        *,
+        head_rate: float | None = None,
+    ) -> None:
+        """One short fine-tune in place: `steps` batches in an order drawn from `seed`.
+
+        Args:
+            head_rate: of the head beside what else is trained; by default `head_learning_rate`.
+        """
         p, dense = self.problem, self._dense(candidate)
         if not dense and not candidate.mask.count:
             return
         batches = self._batches(seed, steps)
         torch.manual_seed(derive(seed, "dropout"))
         with trainable_only(p.model, candidate.mask, dense=dense):
-            optimizer = self._optimizer(candidate, rate, dense)
+            optimizer = self._optimizer(candidate, rate, dense, head_rate)
             there = (p.train.batch(rows, p.device) for rows in batches)
             with sparse_backward(p.model, candidate.mask, dense):
                 finetune(p.model, p.task, there, optimizer=optimizer, steps=steps)
 
     def _optimizer(
-        self, candidate: Candidate, rate: float, dense: Sequence[str]
+        self, candidate: Candidate, rate: float, dense: Sequence[str], head_rate: float | None
     ) -> torch.optim.Optimizer:
         """The candidate at its rate, and beside it the head at the head's."""
         p, c = self.problem, self.config
-        head_rate = rate if candidate.kind == "head" else c.head_learning_rate
+        head_rate = rate if candidate.kind == "head" else head_rate or c.head_learning_rate
         if candidate.kind == "full":
             head = {id(p.model.get_parameter(name)) for name in p.head}
             trained = [w for w in p.model.parameters() if w.requires_grad]

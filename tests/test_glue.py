@@ -166,6 +166,10 @@ def test_scales_that_are_named_are_compared(bench: Bench) -> None:
     assert done == {(2, "fisher"), (8, "fisher"), (8, "snr")}  # two rows have no signs to count
     assert {c.method for c in kept} == {"fish", "ird"} and len(kept) == 6
     assert all(("fish" in c.over) == (c.method == "ird") for c in kept)
+    for rows, readings in (([0, 2], ["fisher"]), ([2, 99], ["fisher"]), ([2, 4], ["snr"])):
+        with pytest.raises(UsageError):
+            compare(bench, kept.append, [0.1], rows, readings)
+    assert len(kept) == 6
 
 
 def test_a_search_is_told_round_by_round(bench: Bench) -> None:
@@ -341,6 +345,12 @@ def test_lines_under_more_seeds_have_a_table_of_their_own(tmp_path: Path) -> Non
         "6 steps, 4 seeds" in found["more seeds digits"]
         and "| random | 4.000 " in found["more seeds digits"]
     )
+
+
+def test_a_table_of_lines_that_failed_has_no_seeds() -> None:
+    failed = told("snr", steps=6, losses=[], failure="it diverged")
+    assert tables.by_length([failed]).startswith("After 6 steps, 0 seeds:")
+    assert "6 steps, 1 seed:" in tables.by_length([told("snr", steps=6, losses=[0.5])])
 
 
 def test_problems_are_pooled_without_the_one_things_were_made_on(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_the_head_has_its_own_rate_beside_whatever_is_trained(
         assert distance == pytest.approx(rate if is_head or kind != "head" else 0.0, rel=1e-3), name
 
 
+def test_the_scoring_point_depends_on_no_rate_of_the_head() -> None:
+    """What is kept of a Fisher pass is not addressed by it."""
+    one, other = (toy_proxies(head_learning_rate=r).advanced(3).tensors() for r in (0.003, 0.3))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_model_is_put_back_after_an_exception(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch

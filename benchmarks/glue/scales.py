@@ -14,6 +14,7 @@ from benchmarks.glue.cells import Cell, Keep
 from benchmarks.glue.judging import Entrant, judge
 from benchmarks.glue.methods import PLAIN, SNR, fixed
 from ird_search.candidate import Candidate
+from ird_search.errors import UsageError
 from ird_search.reading import Reading
 
 SNR_ROWS = 8
@@ -29,7 +30,16 @@ def compare(
     rows: Sequence[int],
     readings: Sequence[str],
 ) -> None:
-    """Some scales, or all where no rows are named, by some readings of the rows."""
+    """Some scales, or all where no rows are named, by some readings of the rows.
+
+    Raises:
+        UsageError: there are no such scales.
+    """
+    total = len(bench.pool)
+    if wrong := [n for n in rows if not 0 < n <= total]:
+        raise UsageError(f"The pool has {total:,} rows: scales have 1 to so many, not {wrong}.")
+    if rows and max(rows) < SNR_ROWS and str(PLAIN) not in readings:
+        raise UsageError(f"Fewer than {SNR_ROWS} rows are read by {PLAIN} only.")
     for density in densities:
         for n in rows or sizes(len(bench.pool)):
             for name in readings:

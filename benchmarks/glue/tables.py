@@ -282,9 +282,10 @@ def _lengths(rows: Iterable[Row]) -> list[int]:
 
 
 def _seeds(rows: Iterable[Row]) -> str:
-    """How many each line has."""
-    counts = sorted({len(c["losses"]) for c in rows if c["losses"]})
-    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+    """How many each line has that has any."""
+    counts = [len(c["losses"]) for c in rows if c["losses"]]
+    ends = dict.fromkeys((min(counts, default=0), max(counts, default=0)))
+    return f"{' to '.join(map(str, ends))} seed{'s' * (max(ends) != 1)}"
 
 
 def _densities(rows: Iterable[Row]) -> list[float]:
