@@ -192,12 +192,14 @@ def test_scoring_steps_that_diverge_are_tried_at_lower_rates_and_then_named(
     before = bits(model)
     train = Proxies._train
 
-    def diverging(self: Proxies, candidate: Candidate, rate: float, seed: int, steps: int) -> None:
+    def diverging(
+        self: Proxies, candidate: Candidate, rate: float, seed: int, steps: int, **more: Any
+    ) -> None:
         if candidate.kind == "full" and steps == 7:
             rates.append(rate)
             train(self, candidate, 1e-3, seed, 1)  # the weights have moved by then
             raise Diverged(3, "the loss is nan")
-        train(self, candidate, rate, seed, steps)
+        train(self, candidate, rate, seed, steps, **more)
 
     monkeypatch.setattr(Proxies, "_train", diverging)
     with pytest.raises(ModelError, match=r"The 7 steps .* the loss is nan.*--scoring-steps"):
