@@ -1,4 +1,4 @@
-"""Methods at some densities, each beside a random mask and FISH of the same size."""
+"""Methods at some densities, each beside a random mask of the same size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def compare(bench: Bench, keep: Keep, names: Sequence[str], densities: Sequence[
             keep(Cell.of(bench, line, experiment="methods", method=name, density=None))
     for density in densities:
         k = bench.count(density)
-        rivals = {name: judge(bench, METHODS[name](bench, k)) for name in RIVALS}
+        asked = [name for name in RIVALS if name == "random" or name in names]
+        rivals = {name: judge(bench, METHODS[name](bench, k)) for name in asked}
         for name in names:
             if name in ONCE:
                 continue
