@@ -137,6 +137,13 @@ class Trial:
     losses: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
+    def failed(
+        cls, attempt: Attempt, failure: str, seconds: float = 0.0, *, raised: bool = False
+    ) -> Trial:
+        """One without a score."""
+        return cls(attempt.rate, attempt.seed, 0.0, 0.0, {}, seconds, failure, raised)
+
+    @classmethod
     def of_unit(cls, unit: Unit) -> Trial:
         """What `to_unit` made of it."""
         return cls(**unit.result["trial"], losses=unit.tensors.get("losses"))

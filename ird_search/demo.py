@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from ird_search.api import SearchResult, search_mask
+from ird_search.batches import training_batches
 from ird_search.borrow import borrowed
 from ird_search.errors import UsageError
 from ird_search.evaluation import evaluate
 from ird_search.progress import Progress
-from ird_search.proxy import training_batches
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset

@@ -285,7 +285,7 @@ def test_out_of_memory_is_75(
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ird_search.proxy.finetune", full)
+    monkeypatch.setattr("ird_search.finetunes.finetune", full)
     result = call(*command(place, tmp_path / "run"))
     assert result.exit_code == 75
     assert "out of memory. Lower --batch-size" in result.stderr

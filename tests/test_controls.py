@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from ird_search import controls as module
-from ird_search import proxy
+from ird_search import finetunes
 from ird_search.budgets import Budgets
 from ird_search.candidate import Attempt, Candidate
 from ird_search.config import DataConfig, Granularity, SearchConfig
@@ -313,7 +313,7 @@ def test_a_lora_proxy_trains_the_adapters_and_the_head(monkeypatch: pytest.Monke
                 moved.append(name)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(proxy, "evaluate", spy)
+    monkeypatch.setattr(finetunes, "evaluate", spy)
     candidate = adapted(proxies)
     trial = proxies.trial(candidate, 0.01)
     assert trial.ok and trial.losses is not None

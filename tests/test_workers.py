@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from ird_search import proxy, search_mask
+from ird_search import finetunes, search_mask
 from ird_search.cli import app
 from ird_search.devices import computing
 from ird_search.errors import NoProxySucceeded, UsageError
@@ -185,7 +185,7 @@ def test_what_an_exception_ended_is_told_and_tried_again(
 ) -> None:
     settings = {**QUICK, "seeds": 1}
     search_mask(toy_net(), toy_rows(), output=tmp_path / "whole", **settings)
-    real, broken = proxy.evaluate, [True]
+    real, broken = finetunes.evaluate, [True]
 
     def evaluate(*args: Any, **more: Any) -> Any:
         if broken and broken.pop():
@@ -196,7 +196,7 @@ def test_what_an_exception_ended_is_told_and_tried_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy, "evaluate", evaluate)
+        patch.setattr(finetunes, "evaluate", evaluate)
         told = search_mask(toy_net(), toy_rows(), **{**settings, "warmup_steps": 0})
         assert "1 of" in told.table() and "by an exception" in told.table()
         assert "a device fell off" in told.table()

@@ -173,3 +173,27 @@ class Script:
         if isinstance(found, str):
             return scored(0.0, rate=self.rate, failure=found)
         return scored(found, rate=self.rate)
+
+
+def with_everything() -> nn.Sequential:
+    """Dropout draws numbers, BatchNorm has buffers, and one module is in a mode of its own.
+
+    Candidates: 0-31, 32-39 the first layer, 40-55 BatchNorm, 56-127 the second layer.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.3),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 2),
+    )
+    net[3].eval()
+    return net
+
+
+def toy_candidates(proxies: Proxies) -> list[Candidate]:
+    masks = [toy_mask(proxies.problem, *coords) for coords in ((0, 5, 9), (1, 2), (30, 33))]
+    return [Candidate("ird", mask) for mask in masks]

@@ -918,7 +918,7 @@ def failures_of(error: Exception, *, third: bool) -> list[str]:
         return training.finetune(*args, **more)
 
     settings = {**QUICK, "learning_rate": None, "warmup_steps": 0}
-    with patch("ird_search.proxy.finetune", finetune):
+    with patch("ird_search.finetunes.finetune", finetune):
         result = search_mask(toy_net(), toy_rows(), **settings)
     trials = [t for r in result.rounds for s in r.nominated for t in s.proxy.trials]
     return [t.failure for t in trials if not t.ok]
