@@ -84,6 +84,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`' Did you mean 'label'?'` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.5)

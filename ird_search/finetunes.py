@@ -21,7 +21,7 @@ from torch import Tensor
 from ird_search.batches import training_batches
 from ird_search.candidate import AGAIN, Attempt, Candidate, Kind, Trial
 from ird_search.config import SearchConfig
-from ird_search.errors import out_of_memory
+from ird_search.errors import first_line, out_of_memory
 from ird_search.evaluation import (
     Evaluation,
     class_probabilities,
@@ -228,8 +228,8 @@ class FineTunes:
             if out_of_memory(problem):
                 raise
             seconds = time.perf_counter() - began
-            reason = (str(problem) or type(problem).__name__).splitlines()[0]
-            return Trial.failed(attempt, reason, seconds, raised=not isinstance(problem, Diverged))
+            raised = not isinstance(problem, Diverged)
+            return Trial.failed(attempt, first_line(problem), seconds, raised=raised)
         finally:
             saved.restore()
 

@@ -26,7 +26,7 @@ from ird_search.data.columns import IDS
 from ird_search.data.encoding import encode
 from ird_search.data.sources import Source, read_source, read_validation, splits_of
 from ird_search.devices import resolve_device
-from ird_search.errors import DataError, IRDError, UsageError, out_of_memory
+from ird_search.errors import DataError, IRDError, UsageError, first_line, out_of_memory
 from ird_search.fisher import label_problems
 from ird_search.models import LoadedModel, check_weights, load_model, writes_targets
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
@@ -356,8 +356,7 @@ def _check_fit(
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, IRDError) or out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{row}: the model cannot take this sample: {reason}") from error
+        raise DataError(f"{row}: the model cannot take this sample: {first_line(error)}") from error
     if isinstance(task, Classification) and logits.shape[-1] < task.num_labels:
         raise DataError(
             f"The labels of {source.origin} are {task.num_labels} classes, and the model has "

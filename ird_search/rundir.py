@@ -30,7 +30,7 @@ import yaml
 
 from ird_search.config import BESIDE_THE_RESULT
 from ird_search.crash import crash_point
-from ird_search.errors import DataError, ModelError, UsageError
+from ird_search.errors import DataError, ModelError, UsageError, first_line
 from ird_search.files import explaining, write_atomically
 from ird_search.sealed import seal, unseal
 
@@ -305,7 +305,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"The config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"The config {path} is no YAML: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"The config {path} is no YAML: {first_line(error)}.") from error
     if not isinstance(settings, dict):
         raise UsageError(f"The config {path} must hold `name: value` lines.")
     return settings

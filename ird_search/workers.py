@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ird_search.errors import UsageError
+from ird_search.errors import UsageError, first_line
 from ird_search.files import write_atomically
 
 Target = Callable[[bytes, Path], None]
@@ -103,10 +103,10 @@ def _work(target: Target, payload: Path, directory: Path) -> None:
     try:
         target(payload.read_bytes(), directory)
     except Exception as problem:
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
         print(
-            f"ird-search: a worker stopped, the run goes on without it: {reason}. (Classes of your "
-            "own have to be in a module that can be imported.)",
+            "ird-search: a worker stopped, the run goes on without it: "
+            f"{first_line(problem)}. (Classes of your own have to be in a module that can be "
+            "imported.)",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
