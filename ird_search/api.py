@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from ird_search.borrow import borrowed
 from ird_search.config import DataConfig, SearchConfig, split_settings
 from ird_search.devices import resolve_device
+from ird_search.entries import check_mask
 from ird_search.environment import environment
 from ird_search.errors import ModelError, UsageError
+from ird_search.freeze import refuse_masked
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
 from ird_search.opening import open_fisher
-from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
-from ird_search.problem import Problem, make_problem, open_samples
+from ird_search.parameters import ParameterSpace
+from ird_search.problem import Problem, check_fit, make_problem, open_samples, parameters_of
 from ird_search.progress import Progress
 from ird_search.result import SearchResult
 from ird_search.run import Run, help_out
@@ -182,27 +184,35 @@ def fisher_scores(
             "scoring_steps is a setting of a search: fisher_scores computes at the weights that "
             "the model has. Train it for a few steps first."
         )
+    if mask is not None:
+        check_mask(mask)
     config, options = _resolved(config, settings)
     with _as_it_came(model):
-        loaded, task, samples, _ = open_samples(
+        loaded, task, samples, source = open_samples(
             model, data, options=options, config=config, processor=processor, revision=revision
         )
         if mask is not None and (text := mismatch(mask.space, loaded.model)):
             raise ModelError(text)
-        space = mask.space if mask else _space(loaded.model, config)
         device = resolve_device(config.device)
         with _as_it_came(loaded.model), borrowed(loaded.model.to(device)) as there:
+            seen = check_fit(there, task, samples, source, device)
+            space = mask.space if mask is not None else parameters_of(there, config, seen)[1]
             once = config.replace(cache_mb=0)  # one pass: nothing is read again
             fisher = open_fisher(there.eval(), task, space, samples, once, device)
             found = fisher.marginals(within=None if mask is None else mask.coords)
     by_parameter = space.split(found.columns)
-    return FisherScores(by_parameter, found.rows, samples.ids, fisher.engine.path, space)
+    return FisherScores(by_parameter, found.rows, samples.ids, fisher.path, space)
 
 
 def _resolved(
     config: SearchConfig | None, settings: Mapping[str, Any]
 ) -> tuple[SearchConfig, DataConfig]:
     """The settings of a call, with what depends on the machine written out."""
+    if config is not None and not isinstance(config, SearchConfig):
+        raise UsageError(
+            f"config is a {type(config).__name__}; a SearchConfig is accepted, as "
+            "SearchConfig(density=0.005), or the settings as keywords."
+        )
     from_keywords, options = split_settings(settings)
     config = config.replace(**from_keywords) if config else SearchConfig(**from_keywords)
     device = resolve_device(config.device)
@@ -210,26 +220,22 @@ def _resolved(
     return config.replace(device=str(device), fisher_tokens=tokens), options
 
 
-def _space(model: nn.Module, config: SearchConfig) -> ParameterSpace:
-    return candidate_space(
-        model,
-        head=head_parameters(model, config.head),
-        embeddings=config.embeddings,
-        include=config.include,
-        exclude=config.exclude,
-    )
-
-
 @contextmanager
 def _as_it_came(model: Any) -> Iterator[None]:
-    """Hand a module back on the device it came on."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device = None if first is None else first.device  # `to` moves a parameter in place
+    """Hand a module back on the device it came on; one under a mask is not taken.
+
+    One that is spread over several devices, or has tensors on none, is refused later, unmoved.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    refuse_masked(model)
+    devices = {p.device for p in model.parameters()}  # `to` moves a parameter in place
     try:
         yield
     finally:
-        if device is not None:
-            model.to(device)
+        if len(devices) == 1 and devices != {p.device for p in model.parameters()}:
+            model.to(devices.pop())
 
 
 def _replay(

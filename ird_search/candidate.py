@@ -27,6 +27,10 @@ RATE_STEP = 10**0.5
 AGAIN = (-1, -2)
 """The seeds under which rates are tried once more."""
 
+LOWEST_RATE = 1e-6
+"""No rate below is tried: AdamW moves an entry by about its rate a step, so that a short fine-tune
+at less trains nothing."""
+
 MORE_RATES = 3
 """At most so many are tried beyond the ends of those that a probe begins with."""
 
@@ -242,7 +246,7 @@ class Probe:
         if len(tried) == self.most:
             return []
         if best == tried[0] and (self.falls or not self.trials[best].ok):
-            return [rate_at(best, -1)]
+            return [rate_at(best, -1)] if best > LOWEST_RATE else []
         return [rate_at(best, 1)] if best == tried[-1] else []
 
     @property

@@ -10,7 +10,8 @@ from torch import Tensor
 from ird_search.parameters import ParameterSpace
 
 _NONE = torch.empty(0, dtype=torch.int64)
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer of as many bytes, to look at the bits of a number."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -57,7 +58,7 @@ def _change(
 
 def _moved(old: Tensor, new: Tensor) -> Tensor:
     """Which entries changed a bit (so 0 and −0 differ, and NaN equals itself): bool [numel]."""
-    integer = _INTEGER.get(old.element_size())
+    integer = INTEGERS.get(old.element_size())
     a, b = (t.detach().cpu().reshape(-1) for t in (old, new))
     return a != b if integer is None else a.view(integer) != b.view(integer)
 

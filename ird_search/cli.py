@@ -26,8 +26,10 @@ from ird_search.command import (
     JsonFlag,
     Output,
     Revision,
+    Sectioned,
     Written,
     guarded,
+    require_finished,
     resumable,
     with_settings,
 )
@@ -48,7 +50,9 @@ def _demo_goes_on(output: Path, seed: int, **_: Any) -> str:
     return f"Go on with: ird-search demo --output {shlex.quote(str(output))} --seed {seed}"
 
 
-@app.command(epilog=EXIT_CODES, short_help="Search a mask for a model on a data set.")
+@app.command(
+    cls=Sectioned, epilog=EXIT_CODES, short_help="Search a mask for a model on a data set."
+)
 @resumable
 @with_settings(DataConfig, SearchConfig)
 def run(
@@ -175,6 +179,7 @@ def rows(
 
     Positions count from 0. With --json, all that is known of every row of the pool.
     """
+    require_finished(output)
     found = import_module("ird_search.sample_report").read_report(output)
     if as_json:
         print(json.dumps([asdict(row) for row in found.rows], indent=1))
@@ -191,6 +196,7 @@ def inspect_(
     as_json: JsonFlag = False,
 ) -> None:
     """Verify a mask or delta file and tell what it holds."""
+    require_finished(file)
     found = import_module("ird_search.artifact").inspect_file(file)
     print(json.dumps(found.metadata, indent=1, sort_keys=True) if as_json else found.describe())
 
@@ -208,6 +214,7 @@ def verify(
 
     Exit code 0 if so, 5 if not.
     """
+    require_finished(file)
     exchange = import_module("ird_search.exchange")
     print(exchange.verify(file, model=model, revision=revision))
 
@@ -224,6 +231,7 @@ def compare(
 
     No model is needed.
     """
+    require_finished(a, b)
     found = import_module("ird_search.exchange").compare(a, b)
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.describe(shown=tensors))
 
@@ -248,6 +256,7 @@ def merge(
     Masks need no model and give a file, disjoint ones a directory. A delta and its base give a
     directory that transformers loads.
     """
+    require_finished(*files)
     exchange = import_module("ird_search.exchange")
     if model is None:
         written, note = exchange.combine_masks(files, output, how=how or "union")
@@ -290,6 +299,7 @@ def export(
     supertuning, shira and lora write a directory, the others a file. What is trained whole beside
     the mask (the head) is what the mask file records.
     """
+    require_finished(mask)
     exchange = import_module("ird_search.exchange")
     options = exchange.Options(tuned=tuned, adapters=adapters, rank=rank, budget=budget)
     told = exchange.export_mask(
@@ -316,6 +326,11 @@ def import_(
     exchange = import_module("ird_search.exchange")
     mask, whole = exchange.import_mask(file, output, kind=kind, dense=dense or ())
     print(f"{mask!r}\ndense: {', '.join(whole) or 'none'}\n{output}")
+    if not whole and kind != "delta":
+        print(
+            "The file does not say what is trained whole beside the mask (the head). Name it with "
+            "--dense where the file has its tensors; where not, as dense=… when you train."
+        )
     full = [n for n, i in mask.indices.items() if i.numel() == math.prod(mask.space.shape(n))]
     if full and not whole:
         print(f"{len(full)} tensors are selected whole, as {full[0]}; name a head with --dense.")

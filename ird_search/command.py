@@ -11,13 +11,15 @@ import time
 import typing
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ird_search.config import SearchConfig, plain_type
-from ird_search.errors import IRDError, ResourceError, out_of_memory
+from ird_search.errors import IRDError, ResourceError, UsageError, out_of_memory
 
 EXIT_CODES = """\b
 Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
@@ -30,6 +32,33 @@ Written = Annotated[
     Path, typer.Option("--output", "-o", help="file or directory to write; must not be there")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="run directory; made if missing")]
+
+
+SECTIONS = {
+    "task": "The data",
+    "density": "The mask",
+    "balanced": "The samples",
+    "rounds": "Rounds and fine-tunes",
+    "score": "Scores and the verdict",
+    "head": "The candidate parameters",
+    "fisher": "The Fisher pass",
+    "workers": "The machine",
+}
+"""Sections of the help by the setting that each begins with; the settings behind it follow."""
+
+
+class Sectioned(TyperCommand):
+    """A command whose help lists its options in sections, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            if (told := option.get_help_record(ctx)) is not None:
+                section = getattr(option, "rich_help_panel", None) or "Options"
+                sections.setdefault(section, []).append(told)
+        for section, lines in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(lines)
 
 
 class _Terminated(BaseException):
@@ -92,6 +121,31 @@ def _end(message: str, code: int) -> typing.NoReturn:
     raise typer.Exit(code)
 
 
+def require_finished(*places: Path) -> None:
+    """Refuse the directory of an unfinished run, before a file that it lacks is missed.
+
+    Raises:
+        UsageError: the run has not ended: where it stands, and how to go on.
+    """
+    for place in places:
+        written = (place / "mask.safetensors", place / "delta.safetensors")
+        if (place / "config.yaml").is_file() and not any(path.exists() for path in written):
+            raise UsageError(_where_it_stands(import_module("ird_search.status").Status.of(place)))
+
+
+def _where_it_stands(found: Any) -> str:
+    state = (
+        f"being written by process {found.process}" if found.state == "running" else "unfinished"
+    )
+    done = f"{sum(found.units.values())} finished units, {len(found.rounds)} rounds"
+    ends = "Run the program that began it again, with the same arguments and output."
+    if found.command:
+        ends = f"Go on with: {found.command}"
+    elif found.state == "running":
+        ends = "Wait for it."
+    return f"The run in {found.directory} is {state}: {done}, and no mask yet. {ends}"
+
+
 def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of these settings, help and range included.
 
@@ -102,7 +156,10 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
         own = inspect.signature(command, eval_str=True)
         kept = [p for p in own.parameters.values() if p.name != "settings"]
         names = [f.name for c in configs for f in fields(c)]
-        made = [_parameter(c, f) for c in configs for f in fields(c)]
+        section, made = "", []
+        for config, f in [(c, f) for c in configs for f in fields(c)]:
+            section = SECTIONS.get(f.name, section)
+            made.append(_parameter(config, f, section))
         emptied = [f.name for c in configs for f in fields(c) if isinstance(f.default, tuple)]
         emptied = [name for name in emptied if getattr(SearchConfig, name, ())]
 
@@ -119,8 +176,8 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def _parameter(config: type, f: Any) -> inspect.Parameter:
-    """One option: `None` when not given, its default told in the help."""
+def _parameter(config: type, f: Any, section: str) -> inspect.Parameter:
+    """One option: `None` when not given, its default told in the help, under a section of it."""
     hint, _ = plain_type(typing.get_type_hints(config)[f.name])
     many = typing.get_origin(hint) is tuple
     flag = f"--{f.name.replace('_', '-').removesuffix('-columns')}"
@@ -133,6 +190,7 @@ def _parameter(config: type, f: Any) -> inspect.Parameter:
         *names,
         help=f.metadata["help"] + default + (repeat if many else ""),
         show_default=False,
+        rich_help_panel=section or None,
     )
     kind = list[str] if many else hint
     return inspect.Parameter(

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ird_search.errors import UsageError, nearest
@@ -286,11 +287,40 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], DataCon
         known = search | data
         raise UsageError(
             f"Unknown setting {k!r}."
-            + (" Pass it as `processor`." if k == "tokenizer" else nearest(str(k), known))
+            + (f" Pass {called}." if (called := _called(k)) else nearest(str(k), known))
             for k in unknown
         )
     options = DataConfig(**{k: v for k, v in settings.items() if k in data})
     return {k: v for k, v in settings.items() if k in search}, options
+
+
+_ALIASES = {
+    "`learning_rate`": "lr max_lr peak_lr rate",
+    "`weight_decay`": "wd decay",
+    "`batch_size`": "bs train_batch_size per_device_train_batch_size",
+    "`proxy_steps`, a number of optimizer steps": "epochs num_epochs num_train_epochs max_steps "
+    "num_steps train_steps steps iterations",
+    "`density`, the fraction that is selected": "sparsity keep keep_ratio ratio fraction budget "
+    "topk top_k k num_parameters",
+    "`pool`": "samples num_samples n_samples train_samples",
+    "`limit`": "max_samples max_train_samples",
+    "`seed`": "random_seed random_state",
+    "`workers`": "num_workers n_jobs jobs num_proc processes",
+    "`max_length`": "max_len max_seq_length max_seq_len seq_len block_size",
+    "`controls`": "baselines baseline",
+    "`score`": "metric scoring eval_metric",
+    "`label_column`": "label target target_column",
+    "`text_columns`": "text text_column text_field dataset_text_field",
+    "`output`": "output_dir out_dir save_dir directory",
+    "`eval_data`": "eval_dataset val_data validation_data test_data",
+    "it as `processor`": "tokenizer image_processor feature_extractor processing_class",
+}
+"""What other libraries call a setting, by what to pass here."""
+
+
+def _called(name: object) -> str:
+    """What to pass for a name that another library uses; empty for none."""
+    return next((own for own, others in _ALIASES.items() if name in others.split()), "")
 
 
 def choices(hint: Any) -> tuple[str, ...]:
@@ -316,12 +346,25 @@ def check_settings(config: SearchConfig | DataConfig) -> None:
         pool = POOL if config.pool is None else config.pool
         if config.min_samples > pool:
             problems.append(f"min_samples ({config.min_samples}) is larger than pool ({pool}).")
+        if config.probe_steps is not None and config.probe_steps > config.proxy_steps:
+            problems.append(
+                f"probe_steps ({config.probe_steps}) is larger than proxy_steps "
+                f"({config.proxy_steps}): the shorter fine-tunes would be the longer ones."
+            )
         problems += _fisher_problems(config)
     if problems:
         raise UsageError(problems)
-    for f in fields(config):  # lists from YAML or JSON become tuples: configs are values
-        if isinstance(value := getattr(config, f.name), list):
-            object.__setattr__(config, f.name, tuple(value))
+    for f in fields(config):  # configs are plain values, whatever lists and numbers came
+        object.__setattr__(config, f.name, _plain(getattr(config, f.name)))
+
+
+def _plain(value: Any) -> Any:
+    """Lists of YAML or JSON as tuples, numbers of numpy as Python's."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, (bool, int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _fisher_problems(config: SearchConfig) -> list[str]:
@@ -371,8 +414,8 @@ def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
     if base not in (int, float):
         good = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         return "" if good else f"{f.name} is {value!r}; it must be a list of strings."
-    if isinstance(value, bool) or not isinstance(value, (int, float) if base is float else int):
-        return f"{f.name} is {value!r}; it must be a number."
+    if isinstance(value, bool) or not isinstance(value, Real if base is float else Integral):
+        return f"{f.name} is {value!r}; it must be a {'' if base is float else 'whole '}number."
     if value in (float("inf"), float("-inf")):
         return f"{f.name} is {value}; it must be a finite number."
     above = low is None or (value > low if f.metadata["open"] else value >= low)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ird_search.errors import ModelError, UsageError, nearest
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
+from ird_search.parameters import require_module
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,8 +121,7 @@ def trained_entries(
             lie in sharded tensors.
         UsageError: a dense name is unknown or also holds selected entries, or nothing is trained.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"The model is a {type(model).__name__}; an nn.Module is accepted.")
+    require_module(model)
     check_mask(mask)
     if text := mismatch(mask.space, model):
         raise ModelError(text)

@@ -91,13 +91,13 @@ def written_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with explaining(path):
-            _refuse_existing(path)
+            refuse_existing(path)
             temporary.mkdir(parents=True)
         with explaining(path, misplaced=False):
             yield temporary
         with explaining(path):
             _sync_files(temporary)
-            _refuse_existing(path)  # a rename would replace an empty directory
+            refuse_existing(path)  # a rename would replace an empty directory
             os.rename(temporary, path)
             _sync_directory(path.parent)
     finally:
@@ -114,7 +114,12 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        UsageError: there is something at `path`.
+    """
     if path.exists():
         raise UsageError(f"{path} is there already. Choose another place, or remove it first.")
 

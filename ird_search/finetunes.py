@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ird_search.batches import training_batches
-from ird_search.candidate import AGAIN, Attempt, Candidate, Kind, Trial
+from ird_search.candidate import AGAIN, Attempt, Candidate, Trial
 from ird_search.config import SearchConfig
 from ird_search.errors import first_line, out_of_memory
 from ird_search.evaluation import (
@@ -30,16 +30,15 @@ from ird_search.evaluation import (
 )
 from ird_search.freeze import trainable_only
 from ird_search.ledger import Job, Ledger, Unit, unit_key
+from ird_search.mask import SparseMask
 from ird_search.optimizer import MaskedAdamW
+from ird_search.parameters import ParameterSpace
 from ird_search.problem import Problem
 from ird_search.samples import SampleSet, require_few
 from ird_search.scoring import scoring_steps
 from ird_search.seeds import derive
 from ird_search.sparse_backward import sparse_backward
 from ird_search.training import Diverged, finetune, snapshot
-
-_TRAINED: Mapping[Kind, str] = {"full": "everything, the head at its own rate", "head": "head"}
-"""What is trained, as a part of a unit's address."""
 
 
 class FineTunes:
@@ -205,7 +204,7 @@ class FineTunes:
             "start": self.start,
             "head_rate": c.head_learning_rate,
             "settings": (attempt.steps, c.batch_size, c.weight_decay, c.score, c.seed),
-            "kind": _TRAINED.get(candidate.kind, "mask"),
+            "kind": candidate.kind if candidate.kind in ("full", "head") else "mask",
             "mask": candidate.mask.digest,
             "adapter": None if adapter is None else adapter.about,
             "rate": attempt.rate,
@@ -290,13 +289,7 @@ class FineTunes:
         p, c = self.problem, self.config
         head_rate = rate if candidate.kind == "head" else head_rate or c.head_learning_rate
         if candidate.kind == "full":
-            head = {id(p.model.get_parameter(name)) for name in p.head}
-            trained = [w for w in p.model.parameters() if w.requires_grad]
-            groups: list[dict[str, Any]] = [
-                {"params": [w for w in trained if id(w) not in head]},
-                {"params": [w for w in trained if id(w) in head], "lr": head_rate},
-            ]
-            return torch.optim.AdamW(groups, lr=rate, weight_decay=c.weight_decay)
+            return _adamw(p.model, dense, p.head, rate, head_rate, weight_decay=c.weight_decay)
         return MaskedAdamW(
             p.model,
             candidate.mask,
@@ -305,3 +298,34 @@ class FineTunes:
             dense=dense,
             dense_lr=head_rate if dense else None,
         )
+
+
+def _adamw(
+    model: nn.Module,
+    names: Sequence[str],
+    head: Sequence[str],
+    rate: float,
+    head_rate: float,
+    *,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """AdamW on whole tensors, the head's at a rate of its own.
+
+    Weights in half precision get float32 master values, as they have them under a mask: the head
+    is then the mask, selected in full, and all else is dense.
+    """
+    body = [name for name in names if name not in head]
+    parts = [[model.get_parameter(n) for n in some] for some in (body, head)]
+    if all(p.dtype in (torch.float32, torch.float64) for part in parts for p in part):
+        groups = [{"params": p, "lr": r} for p, r in zip(parts, (rate, head_rate), strict=True)]
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
+    space = ParameterSpace.of(model, head)
+    whole = SparseMask(space, torch.arange(space.numel))
+    return MaskedAdamW(
+        model,
+        whole,
+        lr=head_rate,
+        weight_decay=weight_decay,
+        dense=body,
+        dense_lr=rate if body else None,
+    )

@@ -107,6 +107,19 @@ def apply_mask(model: nn.Module, mask: SparseMask, *, dense: Iterable[str] = ())
     return handle
 
 
+def refuse_masked(model: nn.Module) -> None:
+    """Refuse a model that is under `apply_mask`: its gradients are those of the mask alone.
+
+    Raises:
+        UsageError: it is, or a part of it.
+    """
+    if any(module in _applied for module in model.modules()):
+        raise UsageError(
+            "This model is under a mask, which hides the gradients of everything else. Remove it "
+            "first (`handle.remove()`, or leave its `with` block)."
+        )
+
+
 class MaskHandle:
     """A mask in force on a model: what `apply_mask` returns.
 

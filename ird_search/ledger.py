@@ -37,9 +37,15 @@ LEASE = 60.0
 """Seconds after which a unit that another process claims, but does not finish, is done here too."""
 
 
+ALGORITHM = 2
+"""Raised with every change after which the same inputs give another outcome, so that a run which
+an earlier version began takes nothing from it that this one would not find itself."""
+
+
 def unit_key(inputs: Mapping[str, Any]) -> str:
-    """The content address of a unit: SHA-256 of its inputs as canonical JSON."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """The content address of a unit: SHA-256 of its inputs and `ALGORITHM` as canonical JSON."""
+    whole = {"algorithm": ALGORITHM, **inputs}
+    text = json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -20,11 +20,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from transformers.utils import logging as transformers_logging
 
 from ird_search.borrow import random_state_kept, unwrapped
 from ird_search.data.values import told
-from ird_search.errors import ModelError, UsageError, nearest, out_of_memory
+from ird_search.errors import ModelError, UsageError, first_line, nearest, out_of_memory
 from ird_search.traits import is_seq2seq
 
 LOADERS = {
@@ -128,6 +129,25 @@ def load_model(
     )
 
 
+def check_kinds(model: Any, processor: Any) -> None:
+    """Refuse what is neither a module nor the name of one, and a processor's name.
+
+    Raises:
+        UsageError: what came instead.
+    """
+    problems = []
+    if not isinstance(model, (nn.Module, str, Path)):
+        what = f"The class {model.__name__}" if isinstance(model, type) else repr(model)
+        problems.append(f"{what} came as the model; a module, a directory or a hub id is accepted.")
+    if processor is not None and not callable(processor):
+        problems.append(
+            f"The processor is {processor!r}; a tokenizer or image processor itself is accepted, "
+            "as AutoTokenizer.from_pretrained(...) gives it."
+        )
+    if problems:
+        raise UsageError(problems)
+
+
 def writes_targets(
     model: nn.Module | str | Path, task: str, *, revision: str | None = None
 ) -> bool | None:
@@ -163,12 +183,17 @@ def _seq2seq_loader(config: Any) -> str | None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse weights that are not there or not finite.
+    """Refuse weights that are not there, not finite, or spread over several devices.
 
     Raises:
-        ModelError: parameters on the meta device, or NaN or infinite entries; up to ten tensors
-            are named.
+        ModelError: layers that were never run, parameters on the meta device, or NaN or infinite
+            entries; up to ten tensors are named. More than one device.
     """
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]} has no shape yet: its layer is lazy. Run the model once on a batch first."
+        )
     problems = []
     for name, p in model.named_parameters():
         if p.is_meta:
@@ -180,6 +205,11 @@ def check_weights(model: nn.Module) -> None:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ModelError(
             "\n    ".join([f"{len(problems)} tensors cannot be used:", *problems[:SHOWN], *more])
+        )
+    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
+        raise ModelError(
+            f"The model is spread over {', '.join(sorted(devices))}; one device is accepted. Load "
+            "it without device_map, or move it whole with model.to(...)."
         )
 
 
@@ -293,9 +323,9 @@ def _load_processor(name: str, task: str, revision: str | None) -> Any:
     except LOAD_ERRORS as error:
         if out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"No {what} could be loaded from {name!r} ({reason}). Pass one as `processor`."
+            f"No {what} could be loaded from {name!r} ({first_line(error)}). Pass one as "
+            "`processor`."
         ) from error
     special = getattr(processor, "all_special_tokens", ())
     if not pictures and len(processor) <= len(special):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ird_search.coordinates import digest, packed, unpacked
 from ird_search.fisher import FisherMatrix, Memory
+from ird_search.fisher.engine import joined_paths
 from ird_search.ledger import Job, Ledger, Unit, unit_key
 from ird_search.mask import SparseMask
 from ird_search.moves import Move, Nomination, descended, narrowed, read
@@ -49,7 +50,7 @@ class Narrowings:
         self.memory = Memory()
         """Of F, after the last answer."""
         self.path = ""
-        """How the gradients were computed."""
+        """How the gradients were computed, of all answers so far."""
         self._open = open_fisher
         self._fisher: FisherMatrix | None = None
 
@@ -140,13 +141,13 @@ class Narrowings:
                 self._fisher.remember(self.memory)
             answer, memory = do(self._fisher), self._fisher.memory.to_unit(self.space.numel)
             return Unit(
-                {**answer.result, "path": self._fisher.engine.path, "memory": memory.result},
+                {**answer.result, "path": self._fisher.path, "memory": memory.result},
                 {**answer.tensors, **memory.tensors},
             )
 
         key = unit_key({**self.about, "selector": self.selector.about, **inputs})
         (unit,) = self.ledger.finish([Job("narrowing", key, done)], wait=self.wait)
-        self.path = unit.result["path"]
+        self.path = joined_paths(self.path, unit.result["path"])
         self.memory = Memory.of_unit(Unit(unit.result["memory"], unit.tensors))
         if self._fisher is not None:
             self._fisher.remember(self.memory)

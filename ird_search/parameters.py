@@ -8,6 +8,7 @@ flattened row by row.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class ParameterSpace:
         Raises:
             UsageError: a name is not a parameter of the model.
         """
+        require_module(model)
         parameters = dict(model.named_parameters())
         wanted = set(parameters if names is None else names)
         if unknown := sorted(wanted - parameters.keys()):
@@ -124,6 +126,7 @@ class ParameterSpace:
 
         Near names are told for the first ten only: looking them up is slow in a large model.
         """
+        require_module(model)
         parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
         found: list[str] = []
         for name, shape in zip(self.names, self.shapes, strict=True):
@@ -138,7 +141,29 @@ class ParameterSpace:
         return f"ParameterSpace({len(self.names)} tensors, {self.numel:,} parameters)"
 
 
-def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[str, ...]:
+def require_module(model: object) -> None:
+    """Refuse what is no model, such as its path, before that fails for a stranger reason.
+
+    Raises:
+        UsageError: it is something else.
+
+    Example:
+        >>> require_module("path/to/model")
+        Traceback (most recent call last):
+        ...
+        ird_search.errors.UsageError: The model is a str; an nn.Module is accepted. Load it ...
+    """
+    if not isinstance(model, nn.Module):
+        named = isinstance(model, (str, os.PathLike))
+        raise UsageError(
+            f"The model is a {type(model).__name__}; an nn.Module is accepted."
+            + " Load it first: model = AutoModel….from_pretrained(…)." * named
+        )
+
+
+def head_parameters(
+    model: nn.Module, patterns: Sequence[str] | None = None, *, last: str | None = None
+) -> tuple[str, ...]:
     """Names of the trainable parameters that count as the head.
 
     The head of a fresh classifier is random: it is trained fully and outside a mask's budget.
@@ -151,6 +176,7 @@ def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> 
 
     Args:
         patterns: regular expressions searched in the names instead; an empty list means no head.
+        last: the layer that comes last as the model runs; by default the one that was made last.
 
     Raises:
         UsageError: a pattern is no regular expression, or matches nothing.
@@ -163,16 +189,18 @@ def head_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> 
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and re.search(LANGUAGE_MODELS, type(model).__name__):
         return ()
-    if prefix and hasattr(model, prefix):
-        return tuple(
-            name
-            for name in trainable
-            if not name.startswith(prefix + ".") or "pooler" in name.split(".")
-        )
+    outside = [
+        name
+        for name in trainable
+        if not name.startswith(prefix + ".") or "pooler" in name.split(".")
+    ]
+    if prefix and hasattr(model, prefix) and outside:  # some wrap a whole classifier
+        return tuple(outside)
     owners = [name for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
     if len(owners) < 2:
         return ()
-    return tuple(name for name in trainable if name.rpartition(".")[0] == owners[-1])
+    layer = last if last in owners else owners[-1]
+    return tuple(name for name in trainable if name.rpartition(".")[0] == layer)
 
 
 def embedding_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -211,7 +239,8 @@ def candidate_space(
         ModelError: nothing is left to choose from.
     """
     barred = set(head) | (set() if embeddings else set(embedding_parameters(model)))
-    names = [n for n, p in model.named_parameters() if p.requires_grad and n not in barred]
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    names = [name for name in trainable if name not in barred]
     if include:
         names = _matching(names, include, "include")
     if exclude:

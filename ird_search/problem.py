@@ -16,29 +16,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ird_search.artifact import weights_sha256
 from ird_search.artifact.matching import weight_lines
-from ird_search.borrow import borrowed, unwrapped
+from ird_search.borrow import unwrapped
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.data.columns import IDS
 from ird_search.data.encoding import encode
-from ird_search.data.sources import Source, read_source, read_validation, splits_of
+from ird_search.data.sources import (
+    Source,
+    read_evaluation,
+    read_source,
+    read_validation,
+    splits_of,
+)
 from ird_search.devices import resolve_device
-from ird_search.errors import DataError, IRDError, UsageError, first_line, out_of_memory
+from ird_search.errors import (
+    DataError,
+    IRDError,
+    ModelError,
+    UsageError,
+    first_line,
+    out_of_memory,
+)
 from ird_search.fisher import label_problems
-from ird_search.models import LoadedModel, check_weights, load_model, writes_targets
+from ird_search.models import (
+    LoadedModel,
+    check_kinds,
+    check_weights,
+    load_model,
+    writes_targets,
+)
 from ird_search.parameters import ParameterSpace, candidate_space, head_parameters
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
-from ird_search.task import Classification, Task, logits_of, make_task
+from ird_search.task import CausalLM, Classification, Task, make_task
 from ird_search.traits import (
+    Look,
     decoder_of,
     infer_task,
     label_names_of,
     limits_of,
+    look,
+    looks_ahead,
     num_labels_of,
     segments_of,
 )
@@ -115,6 +137,22 @@ class Problem:
             for name, s in sets.items()
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the samples a reader of the verdict should know."""
+        notes, about = [], self.source["dataset"]
+        if shared := about.get("held_out_in_training"):
+            notes.append(
+                f"{shared:,} of {about['held_out']:,} held-out samples are training samples, too "
+                "(same inputs, same label)."
+            )
+        if bool((self.train.kin != 0).any()):
+            notes.append(
+                "Samples differ in length and bring no attention mask, so in training the model "
+                "sees what fills up a batch. Scores and losses are of the samples as they are."
+            )
+        return notes
+
 
 def _told(config: Any) -> str:
     """What a transformers or PEFT config says, in the same words in every process."""
@@ -126,6 +164,10 @@ def _told(config: Any) -> str:
 def _plain(value: Any) -> Any:
     """Sets come in another order in each process."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+REFUSALS = (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a model raises of a sample that it cannot take."""
 
 
 def open_samples(
@@ -144,6 +186,7 @@ def open_samples(
     Raises:
         DataError, ModelError, UsageError: whatever is wrong with either.
     """
+    check_kinds(model, processor)
     source = read_source(
         data,
         text_columns=options.text_columns,
@@ -158,7 +201,7 @@ def open_samples(
     loaded = load_model(
         model,
         task=name,
-        num_labels=num_labels_of(model, source) or source.num_labels,
+        num_labels=source.num_labels,
         seed=derive(config.seed, "fresh head"),
         dtype=config.dtype,
         processor=processor,
@@ -167,9 +210,28 @@ def open_samples(
     )
     check_weights(loaded.model)
     classes = name in ("classification", "image-classification")
-    labels = num_labels_of(loaded.model, source) if classes else None
+    labels = _classes_of(loaded, name, source, options) if classes else None
     task = make_task(name, labels)
     return loaded, task, encode_for(loaded, name, source, labels, options), source
+
+
+def _classes_of(loaded: LoadedModel, task: str, source: Source, options: DataConfig) -> int | None:
+    """Classes that a model tells apart: its config's, else as many logits as it gives of a sample.
+
+    Those of the data, where it cannot be asked; what is wrong with the sample is told later.
+    """
+    if (known := num_labels_of(loaded.model)) is not None:
+        return known
+    names = source.label_names or ()
+    try:
+        first = encode_for(loaded, task, source.select([0]), None, options, label_names=names)
+        device = next(loaded.model.parameters()).device
+        logits = look(loaded.model, first.batch([0], device).inputs).logits
+    except REFUSALS as error:
+        if out_of_memory(error):
+            raise
+        return source.num_labels
+    return logits.shape[-1] if logits.ndim == 2 else source.num_labels
 
 
 def encode_for(
@@ -211,9 +273,9 @@ def make_problem(
 ) -> Problem:
     """Everything a search needs, checked on the CPU before any work starts.
 
-    Evaluation samples come from `eval_data` (its validation split, where it has one), else from the
-    validation split of `data`, else, and where `split` is named, a part of `data` is held out. One
-    half of them chooses, the other gives the verdict.
+    Evaluation samples come from `eval_data` (its validation split, else its only one, else `test`),
+    else from the validation split of `data`, else, and where `split` is named, a part of `data` is
+    held out. One half of them chooses, the other gives the verdict.
     """
     loaded, task, samples, source = open_samples(
         model, data, options=options, config=config, processor=processor, revision=revision
@@ -230,18 +292,11 @@ def make_problem(
         count = min(len(held), config.eval_samples)
         held = held.select(random_subset(len(held), count, seed=derive(config.seed, "held out")))
     choose, verdict = _halves(held, config)
-    head = head_parameters(loaded.model, config.head)
-    space = candidate_space(
-        loaded.model,
-        head=head,
-        embeddings=config.embeddings,
-        include=config.include,
-        exclude=config.exclude,
-    )
-    _check_settings(task, space, samples, config)
+    shared = 0 if held_out is None else _shared_rows(samples, held, held_out)
     device = resolve_device(config.device)
     model = loaded.model.to(device)
-    _check_fit(model, task, samples, source, device)
+    head, space = parameters_of(model, config, check_fit(model, task, samples, source, device))
+    _check_settings(task, space, samples, config)
     return Problem(
         model=model,
         task=task,
@@ -251,7 +306,7 @@ def make_problem(
         choose=choose,
         verdict=verdict,
         device=device,
-        source=_provenance(loaded, task, source, samples, held),
+        source=_provenance(loaded, task, source, samples, held, shared),
     )
 
 
@@ -275,11 +330,28 @@ def _eval_source(data: Any, eval_data: Any, source: Source, options: DataConfig)
         "writes": source.kind == "seq2seq",
     }
     if eval_data is not None:
-        held_out = read_validation(eval_data, **columns)
-        return read_source(eval_data, **columns) if held_out is None else held_out
+        return read_evaluation(eval_data, **columns)
     if options.split is not None or len(splits_of(data)) < 2:
         return None  # a lone split is what is learnt from, whatever its name
     return read_validation(data, **columns)
+
+
+def _shared_rows(train: SampleSet, held: SampleSet, held_out: Source) -> int:
+    """How many held-out samples are training samples, too: same inputs, same label.
+
+    Raises:
+        DataError: all of them.
+    """
+    known = set(train.contents())
+    shared = sum(content in known for content in held.contents())
+    if shared and shared == len(held):
+        raise DataError(
+            f"{held_out.origin}: all {shared:,} held-out samples are training samples, too (same "
+            "inputs, same label); what was learnt by heart would look best. Pass eval_data "
+            "(--eval-data) with other rows, or data alone and without a validation split, so that "
+            "a part of it is held out."
+        )
+    return shared
 
 
 def _task_name(task: Task, samples: SampleSet) -> str:
@@ -339,33 +411,74 @@ def _check_settings(
         raise UsageError(problems)
 
 
-def _check_fit(
+def check_fit(
     model: nn.Module, task: Task, samples: SampleSet, source: Source, device: torch.device
-) -> None:
-    """One sample through the model, so that a shape it cannot take is told before any work.
+) -> Look:
+    """One sample through the model, so that what does not fit is told before any work.
 
     Raises:
         DataError: the model raises, or knows fewer classes than the labels.
+        ModelError: it gives probabilities for logits, or is no causal model and to be one.
     """
     batch = samples.batch([0], device)
     row = f"{source.origin}, row {int(samples.ids[0])} (counting from 0)"
     try:
-        with borrowed(model), torch.no_grad():
-            logits = logits_of(model.eval(), batch.inputs)
-            task.log_likelihood(logits, batch.labels)
-    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        seen = look(model, batch.inputs)
+        task.log_likelihood(seen.logits, batch.labels)
+        ahead = isinstance(task, CausalLM) and looks_ahead(model, batch.inputs)
+    except REFUSALS as error:
         if isinstance(error, IRDError) or out_of_memory(error):
             raise
         raise DataError(f"{row}: the model cannot take this sample: {first_line(error)}") from error
-    if isinstance(task, Classification) and logits.shape[-1] < task.num_labels:
+    if isinstance(task, Classification):
+        _check_logits(seen.logits, task, source)
+    if ahead:
+        raise ModelError(
+            f"{type(unwrapped(model)).__name__} is no causal language model: its answer at a "
+            "position depends on later tokens, so it would see what it is to predict. Pass a "
+            "causal model; or, to learn classes, name the column with label_column "
+            "(--label-column)."
+        )
+    return seen
+
+
+def _check_logits(logits: Tensor, task: Classification, source: Source) -> None:
+    """As many as classes, and no probabilities: their softmax is another distribution."""
+    if logits.shape[-1] < task.num_labels:
         raise DataError(
             f"The labels of {source.origin} are {task.num_labels} classes, and the model has "
             f"{logits.shape[-1]} logits."
         )
+    total = logits.double().sum(-1)
+    if bool((logits >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-6):
+        raise ModelError(
+            "The model gives probabilities (none is negative, they sum to 1); logits are accepted, "
+            "of which log softmax is taken. Leave out its softmax."
+        )
+
+
+def parameters_of(
+    model: nn.Module, config: SearchConfig, seen: Look
+) -> tuple[tuple[str, ...], ParameterSpace]:
+    """The head, and the candidates beside it."""
+    head = head_parameters(model, config.head, last=seen.last)
+    space = candidate_space(
+        model,
+        head=head,
+        embeddings=config.embeddings,
+        include=config.include,
+        exclude=config.exclude,
+    )
+    return head, space
 
 
 def _provenance(
-    loaded: LoadedModel, task: Task, source: Source, train: SampleSet, held: SampleSet
+    loaded: LoadedModel,
+    task: Task,
+    source: Source,
+    train: SampleSet,
+    held: SampleSet,
+    shared: int,
 ) -> dict[str, Any]:
     return {
         "base_model": {"id": loaded.name, "revision": loaded.revision},
@@ -379,5 +492,6 @@ def _provenance(
             "fingerprint": train.fingerprint,
             "held_out": len(held),
             "held_out_fingerprint": held.fingerprint,
+            **({"held_out_in_training": shared} if shared else {}),
         },
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ird_search.candidate import Kind, ProxyScore, Trial
+from ird_search.candidate import LOWEST_RATE, Kind, ProxyScore, Trial
 from ird_search.pair import Scored
 from ird_search.search import Round
 from ird_search.verdict import NAMES, OTHERS, Entry, Verdict
@@ -63,12 +63,13 @@ def explained(verdict: Verdict, fixed_rate: float | None = None) -> str:
     floor = "" if math.isnan(verdict.noise) else f" Noise floor: {verdict.noise:.4f}."
     sentences = [verdict.sentence(kind) for kind in SENTENCES if kind in verdict]
     first = [verdict.sentence()] if "random" in verdict and not verdict.better else []
+    idle = verdict.idle if fixed_rate is None else ""
     return "\n".join(
         [
-            *first,
+            *filter(None, [*first, idle]),
             f"Loss is held-out negative log-likelihood. The 1st half chose among candidates; the "
             f"2nd half ({verdict.samples} samples) was seen by no choice:",
-            f"mean ± standard deviation over {seeds} seeds, {rates}.{floor}",
+            f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}, {rates}.{floor}",
             *([INTERVALS] if seeds > 1 and verdict.controls else []),
             *(s for s in sentences if s not in first),
             *filter(None, [verdict.allocation]),
@@ -163,10 +164,12 @@ def front_lines(found: Sequence[Scored], winner: Scored) -> list[str]:
 def _to_train(provenance: Mapping[str, Any]) -> list[str]:
     """What a trainer needs beside the mask."""
     head = ", ".join(f"`{name}`" for name in provenance["head"]) or "none"
+    rate = provenance["learning_rate"]
+    idle = "" if rate > LOWEST_RATE else ", at which nothing is trained: look for one of your own"
     return [
         "## To train it",
         "",
-        f"* learning rate of the mask: {provenance['learning_rate']:.1e}",
+        f"* learning rate of the mask: {rate:.1e}{idle}",
         f"* trained whole beside it (`dense`): {head}",
         f"* their learning rate here: {provenance['search']['head_learning_rate']:.1e}",
     ]

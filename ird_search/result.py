@@ -53,6 +53,17 @@ class SearchResult:
     provenance: Mapping[str, Any]
 
     @property
+    def head(self) -> tuple[str, ...]:
+        """The tensors that are to be trained whole beside the mask, as in the mask's file."""
+        return tuple(self.provenance.get("head", ()))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate that was best for the mask; None where none was found."""
+        rate = self.provenance.get("learning_rate")
+        return rate if isinstance(rate, float) else None
+
+    @property
     def front(self) -> list[Scored]:
         """The density-score front: pairs that no smaller one is better than, smallest first."""
         return front(s for r in self.rounds for s in r.nominated)

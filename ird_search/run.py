@@ -168,7 +168,7 @@ class Run:
             fisher = open_fisher(
                 p.model, p.task, p.space, self.pool, c, p.device, point=point, record=record
             )
-            self.show.say(f"Fisher by {fisher.engine.path}")
+            self.show.say(f"Fisher by {fisher.path}")
             return fisher
 
         selector = Selector.of(c, self.budgets, self.pool)
@@ -281,6 +281,7 @@ class Run:
                 f"{len(ids)} {name} samples were left out: their log-likelihood is not finite. "
                 f"Rows (counting from 0): {listed}."
             )
+        notes += self.problem.notes
         if note := too_few(len(self.problem.verdict)):
             notes.append(note)
         return notes

@@ -107,6 +107,22 @@ class SampleSet:
         return torch.tensor([_length(sample) for sample in self.inputs], dtype=torch.int64)
 
     @cached_property
+    def kin(self) -> Tensor:
+        """Samples of equal number may share a batch, int64: [N].
+
+        All may, where a model can tell padding from a sample: by an attention mask, or because it
+        is causal and reads what is filled in on the right after all that counts. Where it cannot, a
+        sample's numbers would depend on its batch, so samples share one with their equals only.
+        """
+        inputs = self.inputs[0] if len(self) else {}
+        causal = not isinstance(self.labels, Tensor) and "decoder_input_ids" not in inputs
+        if causal or any(name.endswith("attention_mask") for name in inputs):
+            return torch.zeros(len(self), dtype=torch.int64)
+        numbers: dict[tuple[int, ...], int] = {}
+        found = [numbers.setdefault(_padded_lengths(s), len(numbers)) for s in self.inputs]
+        return torch.tensor(found, dtype=torch.int64)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over ids, inputs and labels: equal for equal samples in equal order."""
         digest = hashlib.sha256()
@@ -116,6 +132,17 @@ class SampleSet:
                 _digest(digest, name, sample[name])
             _digest(digest, "label", self.labels[i])
         return digest.hexdigest()
+
+    def contents(self) -> tuple[bytes, ...]:
+        """SHA-256 of each sample's inputs and label, whatever its id: equal for equal samples."""
+        found = []
+        for sample, label in zip(self.inputs, self.labels, strict=True):
+            digest = hashlib.sha256()
+            for name in sorted(sample):
+                _digest(digest, name, sample[name])
+            _digest(digest, "label", label)
+            found.append(digest.digest())
+        return tuple(found)
 
     def select(self, rows: Iterable[int] | Tensor) -> SampleSet:
         """The samples at some positions, in the order given."""
@@ -174,7 +201,7 @@ class SampleSet:
         """Batches of samples of like length, of at most `tokens` tokens with padding.
 
         Rows are sorted by length, ties in the order given; a sample longer than `tokens` comes
-        alone.
+        alone. Where padding would change a sample's numbers (`kin`), nothing is padded.
         """
         for part in self.length_split(rows, tokens=tokens):
             yield self.batch(part, device)
@@ -184,11 +211,13 @@ class SampleSet:
     ) -> list[Tensor]:
         """The rows of each of the `length_batches`."""
         index = torch.arange(len(self)) if rows is None else _index(rows)
+        index = index[self.kin[index].argsort(stable=True)]
         index = index[self.lengths[index].argsort(stable=True)]
-        lengths = self.lengths[index].tolist()
+        lengths, kin = self.lengths[index].tolist(), self.kin[index].tolist()
         parts, start = [], 0
         for stop in range(1, len(index) + 1):
-            if stop == len(index) or (stop + 1 - start) * lengths[stop] > tokens:
+            full = stop == len(index) or (stop + 1 - start) * lengths[stop] > tokens
+            if full or kin[stop] != kin[start]:
                 parts.append(index[start:stop])
                 start = stop
         return parts
@@ -249,6 +278,12 @@ def _length(sample: Mapping[str, Tensor]) -> int:
         if sample[name].ndim == 1 and not sample[name].is_floating_point():
             return len(sample[name])
     return max([1, *(math.ceil(value.numel() / PATCH) for value in sample.values())])
+
+
+def _padded_lengths(sample: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Of all that a batch fills up, but for what a causal decoder reads."""
+    names = sorted(name for name, t in sample.items() if t.ndim == 1)
+    return tuple(len(sample[name]) for name in names if not name.startswith("decoder_"))
 
 
 def _stack(tensors: Sequence[Tensor], pad: int | float, side: str) -> Tensor:

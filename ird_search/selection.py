@@ -80,19 +80,15 @@ def ranks(scores: Tensor, skip: int, k: int) -> Tensor:
     return upper[~torch.isin(upper, top_positive(scores, skip))]
 
 
-def kth_largest(scores: Tensor, k: int) -> float:
-    """The k-th largest score, by radix search on the bits of float32.
+def _threshold(scores: Tensor, k: int) -> tuple[float, int]:
+    """(the k-th largest score, how many of those equal to it are among the k largest).
 
-    Two streaming passes over 16-bit histograms; no sorted copy and no index array.
+    By radix search on the bits of float32: two streaming passes over 16-bit histograms, no sorted
+    copy and no index array.
 
     Raises:
         UsageError: a score is NaN.
     """
-    return _threshold(scores, k)[0]
-
-
-def _threshold(scores: Tensor, k: int) -> tuple[float, int]:
-    """(the k-th largest score, how many of those equal to it are among the k largest)."""
     if scores.dtype != torch.float32 or scores.device.type != "cpu":
         if bool(scores.isnan().any()):
             raise UsageError("Scores must not be NaN.")

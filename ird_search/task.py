@@ -104,7 +104,10 @@ class Classification(Task):
 
     def metrics(self, summary: Tensor, labels: Tensor) -> dict[str, float]:
         predicted, gold = summary.argmax(-1).cpu().numpy(), labels.cpu().numpy()
-        found = {"accuracy": float((predicted == gold).mean()), "f1": _f1(predicted, gold)}
+        found = {
+            "accuracy": float((predicted == gold).mean()),
+            "f1": _f1(predicted, gold, self.num_labels),
+        }
         if self.num_labels == 2:
             found["matthews"] = _correlation(predicted, gold)
             found["auc"] = _auc((summary[:, 1] - summary[:, 0]).float().cpu().numpy(), gold)
@@ -217,7 +220,11 @@ def make_task(name: str, num_labels: int | None = None) -> Task:
     """
     if name in ("classification", "image-classification"):
         if num_labels is None or num_labels < 2:
-            raise UsageError(f"A classification needs two classes or more, not {num_labels}.")
+            raise UsageError(
+                f"A classification needs two classes or more, not {num_labels}. A model with one "
+                "output learns numbers: pass task='regression' (--task regression), or give it a "
+                "logit for each class."
+            )
         return Classification(num_labels)
     plain = {task.name: task for task in (Regression, CausalLM, Seq2SeqLM)}
     if name not in plain:
@@ -241,10 +248,9 @@ def _placed(logits: Tensor, places: Tensor) -> Tensor:
     return (below <= places.to(dtype)[..., None]).sum(-1)
 
 
-def _f1(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """F1 of class 1 for two classes, the macro average for more; 0 where undefined."""
-    classes = np.union1d(gold, predicted)
-    wanted = [1] if classes.size <= 2 else classes
+def _f1(predicted: np.ndarray, gold: np.ndarray, num_labels: int) -> float:
+    """F1 of class 1 for two classes; of more, the macro average of those that occur."""
+    wanted = [1] if num_labels == 2 else np.union1d(gold, predicted)
     scores = []
     for c in wanted:
         hits = float(((predicted == c) & (gold == c)).sum())

@@ -135,7 +135,11 @@ class Snapshot:
         for e, values in zip(self.entries, self.values, strict=True):
             e.put(e.parameter.detach(), values.to(e.parameter.device))
         for name, saved in self.buffers.items():
-            self.model.get_buffer(name).copy_(saved)
+            buffer = self.model.get_buffer(name)
+            once = _distinct(buffer)
+            if once:  # a sparse tensor, and a single number, is not indexed
+                buffer, saved = buffer[once], saved[once]
+            buffer.copy_(saved)
 
     def now(self) -> Snapshot:
         """The same entries and buffers as they are by now."""
@@ -205,6 +209,12 @@ def snapshot(
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _distinct(tensor: Tensor) -> tuple[slice, ...]:
+    """Where each place in memory is once: what `expand` made cannot be written in place."""
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return tuple(slice(None) if stride else slice(1) for stride in strides)
 
 
 def _steps(batches: Iterable[TrainingBatch], steps: int | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ird_search.borrow import unwrapped
+from ird_search.borrow import borrowed, unwrapped
 from ird_search.data.sources import Source
 from ird_search.data.targets import Decoder, shifted_right
 from ird_search.errors import ModelError
-from ird_search.task import IGNORED
+from ird_search.task import IGNORED, Inputs, logits_of
+
+OTHER_PURPOSES_TOLD = {
+    "TokenClassification": "labels of single tokens",
+    "MaskedLM": "masked tokens",
+    "QuestionAnswering": "spans of answers",
+    "MultipleChoice": "multiple choice",
+    "NextSentencePrediction": "pairs of sentences",
+    "PreTraining": "pretraining",
+    "ObjectDetection": "boxes in images",
+    "Segmentation": "labels of single pixels",
+    "CTC": "speech without alignment",
+}
+OTHER_PURPOSES = re.compile(rf"For(?:\w*?)({'|'.join(OTHER_PURPOSES_TOLD)})$")
+ACCEPTED = (
+    "models for classification of sequences or images, regression, causal language models and "
+    "encoder-decoders"
+)
 
 
 def infer_task(model: nn.Module | str | Path, source: Source) -> str:
     """The task that a model's class says, else the one that the data suggest.
 
     Raises:
-        ModelError: a multi-label classifier, which has no single label to take the likelihood of.
+        ModelError: a multi-label classifier, which has no single label to take the likelihood of,
+            or a model for another purpose (tagging, masked tokens, answers, boxes).
     """
     if not isinstance(model, nn.Module):
         return source.kind
@@ -30,6 +50,10 @@ def infer_task(model: nn.Module | str | Path, source: Source) -> str:
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         raise ModelError("A multi-label classifier came; one label a sample is accepted.")
+    if config is not None and (other := OTHER_PURPOSES.search(name)):
+        raise ModelError(
+            f"{name} came, a model for {OTHER_PURPOSES_TOLD[other[1]]}; {ACCEPTED} are accepted."
+        )
     if name.endswith("ForImageClassification"):
         return "image-classification"
     if name.endswith("ForSequenceClassification"):
@@ -46,21 +70,62 @@ def is_seq2seq(base: Any) -> bool:
     return bool(reads) and hasattr(base, "can_generate") and bool(base.can_generate())
 
 
-def num_labels_of(model: nn.Module | str | Path, source: Source) -> int | None:
-    """Classes that the model tells apart, or those of the data where it cannot be asked.
+def num_labels_of(model: nn.Module) -> int | None:
+    """Classes that a transformers model tells apart, by its config; `None` for another module."""
+    found = getattr(getattr(unwrapped(model), "config", None), "num_labels", None)
+    return None if found is None else int(found)
 
-    A transformers model says it in its config; another module by the width of its last layer, if
-    that is linear.
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a model does with a few samples.
+
+    Args:
+        logits: its answer.
+        last: the module with parameters of its own that came last; `None` where none was called.
     """
-    if not isinstance(model, nn.Module):
-        return source.num_labels
-    config = getattr(unwrapped(model), "config", None)
-    if config is not None and hasattr(config, "num_labels"):
-        return int(config.num_labels)
-    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
-    if layers and isinstance(layers[-1], nn.Linear):
-        return layers[-1].out_features
-    return source.num_labels
+
+    logits: Tensor
+    last: str | None
+
+
+def look(model: nn.Module, inputs: Inputs) -> Look:
+    """Run a model once, in evaluation mode and without gradients; it is handed back as it was."""
+    called: list[str] = []
+    own = {
+        n: m
+        for n, m in model.named_modules()
+        if next(m.parameters(recurse=False), None) is not None
+    }
+    hooks = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in own.items()]
+    try:
+        with borrowed(model), torch.no_grad():
+            logits = logits_of(model.eval(), inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Look(logits, called[-1] if called else None)
+
+
+def looks_ahead(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the answer at a position depends on a later token, as no causal model's does.
+
+    The last token of the first sample is changed; by more than rounding, nothing before it may.
+    """
+    tokens = inputs["input_ids"][:1]
+    here = {name: t[:1] for name, t in inputs.items()}
+    mask = here.get("attention_mask", torch.ones_like(tokens))
+    ends = mask.nonzero()[:, 1] if mask.shape == tokens.shape else torch.arange(tokens.shape[1])
+    last = int(ends.max())
+    other = tokens.clone()
+    other[0, last] = tokens[0, last] - 1 if int(tokens[0, last]) else 1
+    before, after = (
+        look(model, {**here, "input_ids": t}).logits[:, :last] for t in (tokens, other)
+    )
+    if not before.numel():
+        return False
+    allowed = torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())
+    return float((before - after).abs().max()) > allowed
 
 
 def label_names_of(model: nn.Module) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ird_search.candidate import Candidate, Kind
+from ird_search.candidate import LOWEST_RATE, Candidate, Kind
 from ird_search.contest import Outcome, contest
 from ird_search.controls import Controls, Draw
 from ird_search.pair import Scored
@@ -117,6 +117,18 @@ class Verdict:
     def better(self) -> bool:
         """Whether the mask is better than a random one of its size, by more than chance."""
         return self.against("random").better
+
+    @property
+    def idle(self) -> str:
+        """That training the mask did not pay, where its best rate is the lowest; else empty."""
+        ours = self["ird"]
+        if ours.failure or ours.rate > LOWEST_RATE:
+            return ""
+        return (
+            "Fine-tunes of this length are best without the mask: at its best rate, "
+            f"{ours.rate:g}, the lowest that is tried, hardly a weight moves. So this says nothing "
+            "of which parameters to train. Give proxies more steps (--proxy-steps) or more data."
+        )
 
     @property
     def noise(self) -> float:

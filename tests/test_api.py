@@ -124,13 +124,15 @@ def test_a_directory_and_a_file(suffix: str, bert: Path, tmp_path: Path) -> None
 def test_a_data_set_with_a_validation_split(bert: Path) -> None:
     data = datasets.DatasetDict(
         train=datasets.Dataset.from_list(TEXTS[:20]),
-        validation=datasets.Dataset.from_list(TEXTS[:8]),
+        validation=datasets.Dataset.from_list([*TEXTS[:7], {"text": "a slow play", "label": 0}]),
         test=datasets.Dataset.from_list(TEXTS[:4]),
     )
     result = quick(bert, data)
     well_formed(result)
     dataset = result.provenance["dataset"]
     assert (dataset["samples"], dataset["held_out"], result.verdict.samples) == (20, 8, 4)
+    said = "7 of 8 held-out samples are training samples, too"
+    assert sum(said in note for note in result.provenance["notes"]) == 1
     given = quick(bert, data["train"], eval_data=data["validation"])
     assert given.mask == result.mask and given.verdict["ird"] == result.verdict["ird"]
 

@@ -97,7 +97,7 @@ def test_a_missing_file(run: Any, place: Path, tmp_path: Path) -> None:
         ("header.csv", "text,label\n", "header.csv has no rows."),
         ("none.jsonl", "\n\n", "none.jsonl is empty."),
         ("torn.jsonl", '{"text": "a", "label": 1}\n{"text": ', "torn.jsonl could not be read as"),
-        ("list.json", "[1]", "row 0 (counting from 0): a int came"),
+        ("list.json", "[1]", "row 0 (counting from 0): a value of type int came"),
         ("odd.txt", "a\n", "is of no accepted format; accepted are .csv, .tsv, .json"),
     ],
 )
@@ -178,9 +178,12 @@ def test_several_rows_are_told_at_once(run: Any, tmp_path: Path) -> None:
     text = refused(
         run(eval_data=eval_data),
         DataError,
-        "18 rows of eval.csv cannot be used",
-        "row 1: the label 9",
+        "18 rows of eval.csv cannot be used: the label 9 is out of range; 0 to 1 are accepted",
+        "(rows 1, 3, 5,",
     )
+    assert text.count("the label") == 1 and "and 8 more" in text
+    rows = [{**row, "label": 5 + i if i % 2 else row["label"]} for i, row in enumerate(ROWS)]
+    text = refused(run(eval_data=write(eval_data, rows)), DataError, "row 1: the label 6")
     assert text.count("row ") == 10 and "and 8 more" in text
     nothing_written(tmp_path / "run")
 
@@ -253,7 +256,7 @@ def test_without_a_model_or_data(run: Any, tmp_path: Path) -> None:
         ("processor: tiny\n", "Unknown setting 'processor'."),
         ("output: here\n", "Unknown setting 'output'."),
         ("strategy: wlak\n", "strategy is 'wlak'; it must be one of walk, ladder, grid, tpe,"),
-        ("min_samples: lots\n", "min_samples is 'lots'; it must be a number."),
+        ("min_samples: lots\n", "min_samples is 'lots'; it must be a whole number."),
         ("- density\n", "must hold `name: value` lines."),
     ],
 )

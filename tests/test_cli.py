@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from ird_search import load_mask
 from ird_search.candidate import Attempt, Trial
 from ird_search.cli import app
+from ird_search.command import SECTIONS
 from ird_search.config import DataConfig, SearchConfig
 from ird_search.ledger import Ledger, Unit
 from ird_search.proxy import Proxies
@@ -222,6 +223,18 @@ def test_every_setting_is_an_option_with_its_help() -> None:
             flag = {"text_columns": "text-column"}.get(f.name, f.name.replace("_", "-"))
             assert f"--{flag} " in text, f.name
     assert "[default: 0.005]" in text and "Exit codes: 0 ok, 2 usage" in text
+
+
+def test_the_options_of_a_run_are_in_sections() -> None:
+    lines = call("run", "--help").stdout.splitlines()
+    heads = {line.rstrip(":"): i for i, line in enumerate(lines) if line[:1].isalpha()}
+    assert [name for name in heads if name in SECTIONS.values()] == list(SECTIONS.values())
+    for config in (SearchConfig, DataConfig):
+        assert {f.name for f in fields(config)} & SECTIONS.keys()
+    places = {"--data ": "Options", "--tolerance": "The mask", "--dtype": "The machine"}
+    for flag, section in places.items():
+        at = next(i for i, line in enumerate(lines) if line.strip().startswith(flag))
+        assert max((i, name) for name, i in heads.items() if i < at)[1] == section
 
 
 def test_env_tells_versions_and_nothing_of_the_machine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -9,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from ird_search.config import DataConfig, SearchConfig, choices, split_settings
+from ird_search.config import _ALIASES, DataConfig, SearchConfig, choices, split_settings
 from ird_search.errors import UsageError
 
 
@@ -29,7 +30,7 @@ def refused(config: Any = SearchConfig, **settings: Any) -> str:
         ({"density": "0.1"}, "density is '0.1'; it must be a number."),
         ({"density": True}, "density is True; it must be a number."),
         ({"pool": 0}, "pool is 0; it must be at least 1."),
-        ({"pool": 2.5}, "pool is 2.5; it must be a number."),
+        ({"pool": 2.5}, "pool is 2.5; it must be a whole number."),
         ({"rounds": 65}, "rounds is 65; it must be at least 1 and at most 64."),
         ({"learning_rate": 0.0}, "learning_rate is 0; it must be above 0."),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0."),
@@ -91,6 +92,30 @@ def test_keywords_find_their_config() -> None:
         split_settings({"densty": 0.1, "lable_column": "y"})
     assert "Unknown setting 'densty'. Did you mean 'density' or" in str(error.value)
     assert "Unknown setting 'lable_column'. Did you mean 'label_column'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lr", "Pass `learning_rate`."),
+        ("epochs", "Pass `proxy_steps`, a number of optimizer steps."),
+        ("num_train_epochs", "Pass `proxy_steps`, a"),
+        ("sparsity", "Pass `density`, the fraction that is selected."),
+        ("random_seed", "Pass `seed`."),
+        ("tokenizer", "Pass it as `processor`."),
+    ],
+)
+def test_names_of_other_libraries_lead_to_ours(name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"Unknown setting {name!r}. {told}")):
+        split_settings({name: 1})
+
+
+def test_no_setting_is_taken_for_another_librarys() -> None:
+    names = {f.name for each in (SearchConfig, DataConfig) for f in fields(each)}
+    others = [name for words in _ALIASES.values() for name in words.split()]
+    assert names.isdisjoint(others) and len(set(others)) == len(others)
+    arguments = {"processor", "output", "eval_data"}
+    assert {own.split("`")[1] for own in _ALIASES} <= names | arguments
 
 
 @pytest.mark.parametrize(

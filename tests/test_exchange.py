@@ -211,6 +211,10 @@ def test_export_to_peft(to: str, found: tuple[Path, Path], base: Path, tmp_path:
     assert ("stored several times" in told) == (to == "supertuning")
     config = peft.PeftConfig.from_pretrained(tmp_path / to)
     assert config.peft_type == {"supertuning": "SUPERTUNING", "shira": "SHIRA", "lora": "LORA"}[to]
+    readme = (tmp_path / to / "README.md").read_text()
+    assert told.removesuffix(f"\n{tmp_path / to}\n") in readme  # the numbers, and how to load it
+    assert "ird_search mask" in readme and "library_name: peft" in readme.split("---\n")[1]
+    assert "Model Card" not in readme and "More Information Needed" not in readme
     if to != "lora":
         model = BertForSequenceClassification.from_pretrained(base)
         before = {n: t.clone() for n, t in model.state_dict().items() if "classifier" not in n}
@@ -231,6 +235,9 @@ def test_by_default_no_entry_is_stored_twice(
     held = int(told.split("SuperTuning: ")[1].split()[0].replace(",", ""))
     assert sum(p.numel() for p in values) == held
     assert isinstance(wrapped, peft.PeftModel)
+    several = not (tmp_path / "st" / "adapter_config.json").exists()
+    assert ("--adapters 1" in (tmp_path / "st" / "README.md").read_text()) == several
+    assert several
 
 
 @pytest.mark.parametrize("to", ["fish", "bool"])
@@ -244,7 +251,8 @@ def test_out_and_in_again(to: str, found: tuple[Path, Path], base: Path, tmp_pat
     assert compare(found[0], back).overlap.total.jaccard == 1
     assert again.mask.indices.keys() == mask.indices.keys()
     head = inspect_mask(found[0]).provenance["head"]
-    assert set(again.provenance["head"]) == (set(head) if to == "fish" else set())
+    assert set(again.provenance["head"]) == set(head)  # fish: as named; bool: as the file notes
+    assert "does not say what is trained whole" not in text
 
 
 def test_the_exported_fish_mask_is_what_fish_writes(

@@ -80,6 +80,31 @@ def test_the_head_has_its_own_rate_beside_whatever_is_trained(
         assert distance == pytest.approx(rate if is_head or kind != "head" else 0.0, rel=1e-3), name
 
 
+def test_full_fine_tuning_in_half_precision_loses_no_small_update() -> None:
+    """1.0 − 40 · 1e-3 in steps that bfloat16 rounds away at 1.0; the head's rate is its own."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)).bfloat16()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = module._adamw(model, names, ["1.weight", "1.bias"], 1e-3, 2e-3, weight_decay=0.0)
+    for p in model.parameters():
+        nn.init.ones_(p)
+    for _ in range(40):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        moved = 40 * (2e-3 if name.startswith("1") else 1e-3)
+        assert (1 - p.detach().float() - moved).abs().max() < 4e-3, name
+
+
+def test_full_fine_tuning_without_a_head_is_the_same_at_any_precision() -> None:
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(2, 1).to(dtype)
+        optimizer = module._adamw(model, ["weight", "bias"], [], 1e-3, 2e-3, weight_decay=0.0)
+        rates.append({g["lr"] for g in optimizer.param_groups if g["params"]})
+    assert rates == [{1e-3}] * 2
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_model_is_put_back_after_an_exception(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ird_search.fisher import (
 )
 from ird_search.fisher.columns import Columns
 from ird_search.fisher.combined import Added, added
+from ird_search.fisher.engine import Elsewhere as Visiting
 from ird_search.fisher.engine import Joined
 from ird_search.fisher.gradients import Dense, Lookup, Outer, SampleGradients
 from ird_search.fisher.loop import Loop
@@ -994,6 +996,7 @@ def test_batches_that_call_modules_otherwise_than_the_first_rows(
     for tokens in (1, 1000):  # one row a batch, and all of them
         m = FisherMatrix(engine, p.samples, p.space, tokens=tokens, cache_bytes=0)
         check_marginals(m, _truth(p))
+    assert m.path == Visiting(engine, nullcontext).path == "taps+loop"
     assert "(Linear) is called otherwise in some batches" in caplog.text
     assert all(w.requires_grad for w in p.model.parameters())
 

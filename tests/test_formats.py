@@ -405,6 +405,11 @@ def test_bools_round_trip_and_tell_their_polarity(tmp_path: Path) -> None:
     data = path.read_bytes()
     write_bool_mask(mask, path)
     assert path.read_bytes() == data
+    write_bool_mask(mask, path, head=["classifier.weight"])
+    assert read_bool_mask(path, BERT) == (mask, ("classifier.weight",))
+    for note in ("[", "7", '["\\u0000", 3]'):
+        safetensors.torch.save_file(stored, path, metadata={"trains": "1", "head": note})
+        assert read_bool_mask(path, BERT) == (mask, ())
 
 
 def test_bools_of_the_other_polarity(tmp_path: Path) -> None:

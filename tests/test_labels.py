@@ -168,6 +168,30 @@ def test_two_classes_by_hand() -> None:
     torch.testing.assert_close(gold, (1 - p0) ** 2 * torch.tensor([4.0, 1, 4, 1, 1, 1]))
 
 
+class Barred(nn.Linear):
+    """Gives one class no probability."""
+
+    def __init__(self, barred: int) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("bar", torch.zeros(3).index_fill(0, torch.tensor(barred), -torch.inf))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.get_buffer("bar")
+
+
+@pytest.mark.parametrize("barred", [0, 2])
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_a_class_without_probability_adds_nothing(method: str, barred: int) -> None:
+    p = problem(Barred(barred), Classification(3), vectors(4))
+
+    def over_others(logits: Tensor, label: Tensor, row: int) -> Iterator[Tensor]:
+        return over_classes(logits[logits > -torch.inf], label, row)
+
+    m = opened(p, fisher="expected", method=method)
+    check(m, by_row(p, over_others))
+    assert not m.excluded
+
+
 def test_the_label_of_the_data_does_not_matter() -> None:
     p = named("mlp")
     others = SampleSet(p.samples.inputs, (p.samples.labels + 1) % 3, p.samples.ids)

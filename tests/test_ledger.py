@@ -40,10 +40,15 @@ def jobs(count: int, did: list[int], *, seconds: float = 0.0) -> list[Job]:
 # --- what is in it --------------------------------------------------------------------------------
 
 
+def test_another_algorithm_finds_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ird_search.ledger.ALGORITHM", -1)
+    assert unit_key({"mask": "ab12", "rate": 1e-3}) != KEY
+
+
 def test_a_key_is_the_inputs_and_not_their_order() -> None:
     assert unit_key({"rate": 1e-3, "mask": "ab12"}) == KEY
     assert len({KEY, unit_key({"mask": "ab12", "rate": 1e-4}), unit_key({"mask": "ab12"})}) == 3
-    assert KEY == "8c782f1656bb7cf95f843b940029340027f7bffb602f8ee5c7ebbcc9dc425a6b"
+    assert KEY == "db93b8487747958d29dc79eb819af7691b57d9e7bddfe60f90fabfd3b3268c94"
     with pytest.raises(ValueError, match="JSON"):
         unit_key({"rate": float("nan")})
 

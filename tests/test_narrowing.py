@@ -15,6 +15,7 @@ from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher import Engine, FisherMatrix, PassRecord, make_engine, record
 from ird_search.fisher.engine import Contribution
 from ird_search.ledger import Ledger
+from ird_search.mask import SparseMask
 from ird_search.narrowing import Narrowings
 from ird_search.pair import Pair, Ranges
 from ird_search.reading import Reading
@@ -198,11 +199,38 @@ def test_below_one_row_it_is_the_loop_and_then_an_error() -> None:
     loop = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)), method="loop")
     true = FisherMatrix(engine, p.samples, p.space, cache_bytes=0).marginals()
     short: dict[str, Any] = {"samples": p.samples, "space": p.space, "cache_bytes": 0}
-    found = FisherMatrix(Full(engine, 0), fallback=loop, **short).marginals()
+    m = FisherMatrix(Full(engine, 0), fallback=loop, **short)
+    found = m.marginals()
     assert torch.allclose(found.columns, true.columns, rtol=1e-4, atol=1e-10)
+    assert m.path == m.on(p.samples.select([1])).path == "loop"  # what ran, and nothing else
     for fallback in (None, Full(loop, 0)):
         with pytest.raises(ResourceError, match=r"with one sample at a time.*cache-mb"):
             FisherMatrix(Full(engine, 0), fallback=fallback, **short).marginals()
+
+
+class Tiring(Full):
+    """An engine that has memory for one batch."""
+
+    def gradients(self, batch: Batch) -> Iterator[Contribution]:
+        self.rows = 0 if self.done else 6
+        return super().gradients(batch)
+
+
+def test_the_path_tells_what_ran_also_after_a_fallback(tmp_path: Path) -> None:
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    loop = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)), method="loop")
+
+    def asked(first: Engine, rows: list[int]) -> str:
+        m = FisherMatrix(first, p.samples, p.space, tokens=16, cache_bytes=0, fallback=loop)
+        ledger, selector = Ledger(tmp_path), Selector(Budgets.of(p.space, ()))
+        narrowings = Narrowings(lambda: m, selector, ledger, {})
+        narrowings.row_scores(torch.arange(6), SparseMask(p.space, torch.arange(9)))
+        narrowings.row_scores(torch.tensor(rows), SparseMask(p.space, torch.arange(9)))
+        return narrowings.path
+
+    assert asked(Tiring(engine, 6), [0]) == "taps+loop"
+    assert asked(engine, [0]) == asked(engine, [1, 2]) == "taps+loop"  # from the ledger, too
 
 
 @pytest.mark.parametrize("at", [1, 4, 7])

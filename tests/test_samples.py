@@ -432,7 +432,11 @@ def told(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
         ("a.parquet", "no parquet at all", ["could not be read as parquet"]),
         ("a.json", '[{"text": "a",]', ["could not be read as JSON", "line 1"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"te', ["line 2", "one object a line"]),
-        ("a.json", '[{"text": "a"}, 3]', ["row 1 (counting from 0): a int came", "an object"]),
+        (
+            "a.json",
+            '[{"text": "a"}, 3]',
+            ["row 1 (counting from 0): a value of type int came", "an object"],
+        ),
     ],
 )
 def test_files_that_cannot_be_read(
@@ -455,10 +459,14 @@ def test_places_that_hold_nothing(tmp_path: Path) -> None:
         (TEXT_ROWS, {"split": "x"}, ["this list has no splits"]),
         ({"test": TEXT_ROWS, "dev": TEXT_ROWS}, {}, ["has no split 'train'; it has test, dev"]),
         ([], {}, ["a list has no rows"]),
-        (Endless(), {}, ["A Endless came", "a hub id"]),
+        (
+            Endless(),
+            {},
+            ["Data of type Endless came", "a hub id", "list(itertools.islice(data, n))"],
+        ),
         (DataLoader(Rows()), {}, ["pass the data set itself (`loader.dataset`)"]),
-        (3, {}, ["A int came"]),
-        ([3, 4], {}, ["Row 0 (counting from 0) of a list is a int", "(x, y) pair"]),
+        (3, {}, ["Data of type int came"]),
+        ([3, 4], {}, ["Row 0 (counting from 0) of a list has type int", "(x, y) pair"]),
     ]
     for data, settings, words in cases:
         with pytest.raises(DataError) as error:
@@ -564,7 +572,11 @@ def test_rows_that_cannot_be_used(
         ),
         ([{"input_ids": [5, -1], "label": i} for i in (0, 1)], {}, ["token id -1 is out of range"]),
         ([{"input_ids": [5]}] * 2, {}, ["1 token came; a language model needs 2"]),
-        ([{"input_ids": []}] * 2, {}, ["row 0: no token came (an empty text"]),
+        (
+            [{"input_ids": []}] * 2,
+            {},
+            ["no token came (an empty text", "(rows 0, 1, counting from 0)"],
+        ),
         ([{"input_ids": [5, 6], "labels": [5, -100]}] * 2, {}, ["no token is left to predict"]),
         ([{"input_ids": [5, 6], "labels": [5]}] * 2, {}, ["1 labels came for 2 tokens"]),
         ([{"pixel_values": IMAGES[0], "label": 0}], {"task": "causal-lm"}, ["needs 'input_ids'"]),
@@ -592,8 +604,8 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(DataError) as error:
         text_set(rows)
     told(error, "2 problems", "All 24 labels of a list are 0;", "12 rows of a list cannot be used")
-    told(error, "row 1: the text in 'text' is missing", "row 19: the text", "and 2 more")
-    assert "row 21" not in str(error.value)
+    told(error, "the text in 'text' is missing (rows 1, 3,", ", 19 and 2 more, counting from 0)")
+    assert "21" not in str(error.value)
 
 
 def test_row_numbers_are_those_of_the_user() -> None:

@@ -15,7 +15,6 @@ from ird_search.errors import UsageError
 from ird_search.selection import (
     CHUNK,
     decreasing_range,
-    kth_largest,
     random_subset,
     top_k,
     top_positive,
@@ -42,13 +41,6 @@ def brute_force(scores: list[float], k: int) -> list[int]:
 def test_top_k_equals_brute_force(scores: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(scores)))
     assert top_k(torch.tensor(scores), k).tolist() == brute_force(scores, k)
-
-
-@settings(max_examples=200, deadline=None)
-@given(SCORES, st.data())
-def test_kth_largest_equals_sorting(scores: list[float], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(scores)))
-    assert kth_largest(torch.tensor(scores), k) == sorted(scores, reverse=True)[k - 1]
 
 
 @settings(max_examples=50, deadline=None)

@@ -225,6 +225,14 @@ def test_the_walk_narrows_by_the_criterion_that_does_best(liked: str) -> None:
     assert first.moved_to.mask == mask and state.best is first.moved_to
 
 
+def test_the_walk_narrows_once_where_no_criterion_can_be_chosen() -> None:
+    """So many ranks are passed over that no reading of all columns has as many left."""
+    state = run("walk", lambda coords: 0.5, criterion="fisher", skip=50.0)
+    first, *others = ([s.mask.digest for s in r.nominated] for r in state.rounds)
+    assert first and not any(set(first) & set(other) for other in others)
+    assert state.rounds[0].moved_to.move in ("both", "columns", "rows", "window")
+
+
 def test_rounds_above_the_budget_do_not_wear_out_patience() -> None:
     """The criteria come first; what follows is too large to win until the target is reached."""
     sizes = Ranges((16,), (64, 50, 40, 30, 6))

@@ -125,6 +125,12 @@ def test_classification_metrics_of_several_classes() -> None:
     assert found["f1"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
 
 
+def test_a_class_that_does_not_occur_makes_no_two_class_problem() -> None:
+    labels = torch.tensor([0, 2, 0, 2])
+    found = Classification(3).metrics(nn.functional.one_hot(labels, 3).float(), labels)
+    assert found == {"accuracy": 1.0, "f1": 1.0}
+
+
 def test_metrics_where_they_are_not_defined() -> None:
     one_class = Classification(2).metrics(torch.tensor([[1.0, 0.0]] * 3), torch.zeros(3).long())
     assert one_class == {"accuracy": 1.0, "f1": 0.0, "matthews": 0.0, "auc": 0.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 
 from ird_search import verdict as module
-from ird_search.candidate import AGAIN, Attempt, Candidate, Kind, Trial
+from ird_search.candidate import AGAIN, LOWEST_RATE, Attempt, Candidate, Kind, Trial
 from ird_search.config import Control, choices
 from ird_search.controls import Controls, random_mask
 from ird_search.ledger import Ledger
@@ -199,17 +200,33 @@ def test_no_better_than_random_is_said_first() -> None:
     assert not explained(better).startswith("Better") and better.sentence() in explained(better)
 
 
+def test_a_rate_at_which_nothing_is_trained_is_no_word_on_parameters() -> None:
+    verdict = judged((0.5, 0.6), (0.5, 0.6))
+    ours = replace(verdict["ird"], rate=LOWEST_RATE)
+    idle = replace(verdict, entries=(ours, *verdict.entries[1:]))
+    assert verdict.idle == "" and "best without the mask: at its best rate, 1e-06" in idle.idle
+    assert idle.idle in explained(idle)
+    assert idle.idle not in explained(idle, fixed_rate=1e-6)  # nobody chose it
+
+
 # --- everybody alike ----------------------------------------------------------------------------
 
 
 def test_winner_and_controls_are_tried_alike() -> None:
-    proxies = Spied(lambda candidate, verdict: 0.5, learning_rate=None, verdict_steps=7)
+    class Rising(Spied):
+        """The larger the rate, the better, by a little."""
+
+        def _answered(self, a: Attempt) -> Trial:
+            found = super()._answered(a)
+            return found if a.verdict else replace(found, score=-a.rate)
+
+    proxies = Rising(lambda candidate, verdict: 0.5, learning_rate=None, verdict_steps=7)
     verdict = give(proxies)
     assert [e.kind for e in verdict.entries] == list(KINDS)
     for kind in KINDS:
         probed, unseen = (proxies.asked_of(kind, verdict=v) for v in (False, True))
         assert [a.seed for a in unseen] == [1, 2, 3] and {a.steps for a in unseen} == {7}
-        # all rates are alike here, so it goes down as far as it may, twice
+        # it goes up as far as it may, twice
         assert Counter(a.seed for a in probed) == {0: 6 + 5, **dict.fromkeys(AGAIN, 5)}
         assert {a.steps for a in probed} == {7}  # rates are found at that length
         assert {a.rate for a in unseen} == {verdict[kind].rate}

@@ -38,6 +38,7 @@ from ird_search.errors import UsageError
 from ird_search.files import write_atomically
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
+from ird_search.parameters import require_module
 
 __all__ = [
     "FILE_NAME",
@@ -223,6 +224,7 @@ def _fits(model: nn.Module | None, strict: bool = False) -> Check | None:
     """The check that a file is of this model; with `strict`, also of its weights."""
     if model is None:
         return None
+    require_module(model)
 
     def check(form: Format[Any], plan: Plan[Any], metadata: Mapping[str, Any]) -> None:
         if text := mismatch(plan.space, model, form.noun):

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ird_search.changes import INTEGERS
 from ird_search.parameters import ParameterSpace
 
 AGAIN = "The file is damaged or was altered: fetch it again, or write it anew."
@@ -38,7 +39,6 @@ DTYPES = {
 """What can be stored, by safetensors' names."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 F_co = TypeVar("F_co", covariant=True)
 
@@ -177,7 +177,7 @@ def header_of(form: Format[Any], table: Mapping[str, Any], text: str) -> bytes:
 def bytes_of(tensor: Tensor) -> bytes:
     """The entries row by row, little-endian."""
     width = min(tensor.element_size(), 8)  # complex128 is two numbers of 8 bytes
-    bits = tensor.detach().cpu().reshape(-1).view(_INTEGERS[width])
+    bits = tensor.detach().cpu().reshape(-1).view(INTEGERS[width])
     return bits.numpy().astype(f"<i{width}", copy=False).tobytes()
 
 

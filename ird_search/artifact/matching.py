@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ird_search.errors import ModelError, UsageError
+from ird_search.parameters import require_module
 
 
 def weights_sha256(model: nn.Module, exclude: Sequence[str] = ()) -> str:
@@ -26,6 +27,7 @@ def weights_sha256(model: nn.Module, exclude: Sequence[str] = ()) -> str:
         >>> weights_sha256(nn.Linear(2, 1), exclude=["weight", "bias"])[:8]
         'e3b0c442'
     """
+    require_module(model)
     parameters = dict(model.named_parameters())
     if unknown := sorted(set(exclude) - parameters.keys()):
         raise UsageError(f"{name!r} is not a parameter of this model." for name in unknown)

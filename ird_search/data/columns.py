@@ -62,6 +62,9 @@ IDS = ("idx", "id", "index", "guid", "uid", "__index_level_0__")
 NOT_INPUTS = (*IDS, "special_tokens_mask", "offset_mapping", "length")
 """Columns that tokenising leaves behind and no model takes."""
 
+CHATS = ("messages", "conversation", "conversations", "chat")
+"""Columns with a list of turns, which a tokenizer's template makes a text of."""
+
 IMAGES = ("image", "img", "picture", "photo")
 ENCODED = ("input_ids", "pixel_values", "input_values", "input_features", POSITIONAL)
 """Columns whose presence says that the rows are model inputs already."""
@@ -149,7 +152,23 @@ def name_columns(
     rest = [c for c in columns if c != label and c.lower() not in IDS]
     if not text and (image := _image_column(rest, first)):
         return Columns(label=label, image=image)
+    if not text and (inputs := _named_inputs(rest, first)):
+        if label is None:
+            raise DataError(
+                f"{origin} has no label column that can be told; its columns are "
+                f"{listed(columns)}. Name it with label_column (--label-column)."
+            )
+        return Columns(label=label, inputs=inputs)
     return Columns(text=text or _text_columns(rest, first, label, columns, origin), label=label)
+
+
+def _named_inputs(rest: Sequence[str], first: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a model of one's own takes by name: tensors, with plain numbers beside them or not."""
+    if any(isinstance(first[name], str) for name in rest):
+        return ()  # there is a text to look for
+    if not any(_is_numbers(first[name]) for name in rest):
+        return ()
+    return tuple(c for c in rest if _is_numbers(first[c]) or isinstance(first[c], (int, float)))
 
 
 def _text_columns(
@@ -170,10 +189,17 @@ def _text_columns(
     strings = tuple(name for name in rest if isinstance(first[name], str))
     if 1 <= len(strings) <= 2:
         return strings
+    if chats := [c for c in rest if _plain(c) in CHATS and isinstance(first[c], list)]:
+        chat = chats[0]
+        raise DataError(
+            f"{origin} holds chats, in {chat!r}, and texts are accepted: apply the chat template, "
+            f'as {{"text": tokenizer.apply_chat_template(row[{chat!r}], tokenize=False)}}.'
+        )
     raise DataError(
         f"Which column of {origin} holds the text cannot be told; its columns are "
         f"{listed(columns)}. Name one, or the two of a pair, with text_columns "
-        "(--text-column)."
+        "(--text-column). A model of one's own takes (x, y) pairs, or columns of tensors that are "
+        "named as the arguments of its forward."
     )
 
 
@@ -262,12 +288,15 @@ def is_picture(value: Any) -> bool:
 
 
 def label_kind(
-    rows: Rows, columns: Columns, *, writes: bool | None = False
+    rows: Rows, columns: Columns, origin: str, *, writes: bool | None = False
 ) -> tuple[tuple[str, ...] | None, Kind, int | None]:
     """(class names, kind, number of classes). Bad labels are passed over: `encode` lists them.
 
     Args:
         writes: as `name_columns` takes it.
+
+    Raises:
+        DataError: labels of several numbers, where no language model could learn them.
     """
     language: Kind = "causal-lm" if writes is False else "seq2seq"
     if columns.label is None or writes:
@@ -279,8 +308,11 @@ def label_kind(
     if isinstance(feature := features.get(columns.label), datasets.ClassLabel) and feature.names:
         return tuple(feature.names), whole, len(feature.names)
     values = [plain_label(value) for value in values_of(rows, columns.label)]
-    if columns.inputs and any(isinstance(value, list) for value in values):
-        return None, language, None
+    several = next((i for i, value in enumerate(values) if isinstance(value, list)), None)
+    if columns.inputs and several is not None:
+        if any(c in ENCODED and c != POSITIONAL for c in columns.inputs):
+            return None, language, None
+        raise DataError(_many_told(origin, several, values[several]))
     strings = [value for value in values if isinstance(value, str) and value]
     numbers = [v for v in values if is_number(v)]
     if len(strings) > len(numbers):
@@ -290,6 +322,19 @@ def label_kind(
         return None, "regression", None
     most = max(MANY_CLASSES, len(values))  # a stray 10⁹ must not make a head of as many classes
     return None, whole, max([2, *(int(v) + 1 for v in numbers if v < most)])
+
+
+def _many_told(origin: str, row: int, label: list[Any]) -> str:
+    try:
+        shape = list(np.shape(label))
+    except ValueError:  # ragged
+        shape = [len(label)]
+    count = math.prod(shape)
+    return (
+        f"{origin}, row {row} (counting from 0): the label is a list of {count} "
+        f"number{'s' * (count != 1)} (shape {shape}); one class or one number a sample is "
+        "accepted. A language model's rows have their tokens in 'input_ids' and 'labels'."
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,10 +84,11 @@ def class_labels(
     if names is None and own is not None and training:
         names = own
     count = num_labels or (len(names) if names else None)
-    found = []
+    alike, found = _alike((*values, *(own or ())), names or ()), []
     for i, value in enumerate(values):
         if own and names and names != own and isinstance(value, int) and 0 <= value < len(own):
             value = own[value]  # class ids of another order mean what their names say
+        value = alike.get(value, value) if isinstance(value, str) else value
         label, problem = (0, "") if value is None else _class_id(value, names, count)
         if problem:
             problems.add(i, problem)
@@ -101,6 +102,22 @@ def class_labels(
             "from two classes or more. If rows are sorted by label, shuffle them or raise limit."
         )
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _alike(values: Iterable[Any], names: Sequence[str]) -> dict[str, str]:
+    """The class names that labels mean which differ in case and spaces only: `good` is `GOOD`.
+
+    None, where two labels or two names would then be one.
+    """
+    spelled = {v for v in values if isinstance(v, str)}
+    known = {_folded(name): name for name in names}
+    if len(known) < len(names) or len(set(map(_folded, spelled))) < len(spelled):
+        return {}
+    return {v: known[_folded(v)] for v in spelled if v not in names and _folded(v) in known}
+
+
+def _folded(label: str) -> str:
+    return " ".join(label.split()).casefold()
 
 
 def _class_id(value: Any, names: tuple[str, ...] | None, count: int | None) -> tuple[int, str]:

@@ -30,19 +30,27 @@ class RowProblems:
     def raise_any(self) -> None:
         if not self.rows and not self.whole:
             return
+        raise DataError([*self.whole, *self._told()])
+
+    def _told(self) -> list[str]:
+        """The rows in one text, and what is wrong with all of them only once."""
         numbers = {row: row if self.ids is None else self.ids[row] for row in sorted(self.rows)}
+        reasons = set(self.rows.values())
+        if len(reasons) == 1 < len(numbers):
+            listed = ", ".join(map(str, list(numbers.values())[:SHOWN]))
+            more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+            return [
+                f"{len(numbers)} rows of {self.origin} cannot be used: {reasons.pop()} "
+                f"(rows {listed}{more}, counting from 0)"
+            ]
         lines = [f"row {number}: {self.rows[row]}" for row, number in numbers.items()]
         if len(lines) == 1:
-            told = [f"{self.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
-        elif lines:
-            shown = lines[:SHOWN] + (
-                [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            )
-            head = f"{len(lines)} rows of {self.origin} cannot be used (counting from 0):"
-            told = ["\n    ".join([head, *shown])]
-        else:
-            told = []
-        raise DataError([*self.whole, *told])
+            return [f"{self.origin}, {lines[0].replace(':', ' (counting from 0):', 1)}"]
+        if not lines:
+            return []
+        shown = lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+        head = f"{len(lines)} rows of {self.origin} cannot be used (counting from 0):"
+        return ["\n    ".join([head, *shown])]
 
 
 def too_long(count: int, most: int, reader: str = "model") -> str:

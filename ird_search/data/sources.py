@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ird_search.data.columns import (
@@ -29,7 +31,14 @@ from ird_search.data.columns import (
 )
 from ird_search.data.tables import FORMATS, check_columns, read_table
 from ird_search.data.values import told
-from ird_search.errors import DataError, UsageError, first_line, nearest
+from ird_search.errors import (
+    DataError,
+    IRDError,
+    UsageError,
+    first_line,
+    nearest,
+    out_of_memory,
+)
 from ird_search.task import POSITIONAL
 
 VALIDATION_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "eval")
@@ -141,7 +150,7 @@ def read_source(
     if not len(rows):
         raise DataError(f"{origin} has no rows.")
     columns = name_columns(rows, tuple(text_columns), label_column, origin, writes=writes)
-    names, kind, num_labels = label_kind(rows, columns, writes=writes)
+    names, kind, num_labels = label_kind(rows, columns, origin, writes=writes)
     return Source(
         rows=rows,
         ids=tuple(range(len(rows))),
@@ -182,6 +191,34 @@ def read_validation(
     )
 
 
+def read_evaluation(
+    data: Any,
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    writes: bool | None = False,
+) -> Source:
+    """What the user named as held-out rows; arguments as `read_source`.
+
+    Its validation split; else its only split; else `test`, which is taken here because it was named
+    for evaluation. Never `train` beside others.
+
+    Raises:
+        DataError: several splits, and none of these among them.
+    """
+    splits = splits_of(data)
+    split = next((name for name in (*VALIDATION_SPLITS, "test") if name in splits), None)
+    if split is None and len(splits) > 1:
+        raise DataError(
+            f"The evaluation data have the splits {', '.join(splits)}; of several, one named "
+            f"{', '.join(VALIDATION_SPLITS)} or test is taken. Pass the one that is meant: its "
+            "rows, or its file."
+        )
+    return read_source(
+        data, text_columns=text_columns, label_column=label_column, split=split, writes=writes
+    )
+
+
 def splits_of(data: Any) -> tuple[str, ...]:
     """Names of the splits that `data` holds; empty where it is one table."""
     if isinstance(data, (str, Path)):
@@ -208,16 +245,33 @@ def _open(data: Any, split: str | None) -> tuple[Any, str]:
     if isinstance(data, DataLoader):
         raise DataError("A DataLoader came; pass the data set itself (`loader.dataset`).")
     if isinstance(data, pd.DataFrame):
-        check_columns(list(map(str, data.columns)), "The DataFrame")
-        return data.to_dict("records"), "a DataFrame"
-    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if isinstance(data, (IterableDataset, datasets.IterableDataset)) or not indexable:
+        names = list(map(str, data.columns))
+        check_columns(names, "The DataFrame")
+        return data.set_axis(names, axis=1).to_dict("records"), "a DataFrame"
+    _refuse_no_rows(data)
+    return data, f"a {type(data).__name__}"
+
+
+def _refuse_no_rows(data: Any) -> None:
+    """Refuse what cannot be asked for its rows, or would answer with something else."""
+    stream = isinstance(data, (IterableDataset, datasets.IterableDataset))
+    if stream or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        cure = ""
+        if isinstance(data, datasets.IterableDataset):
+            cure = " Take as many of its rows as are needed: Dataset.from_list(list(ds.take(n)))."
+        elif isinstance(data, Iterable):
+            cure = " Take as many of its rows as are needed: list(itertools.islice(data, n))."
         raise DataError(
-            f"A {type(data).__name__} came; accepted are a datasets.Dataset or DatasetDict, a "
-            "torch data set with a length, a list of (x, y) pairs or of dicts, a path, or a hub id."
+            f"Data of type {type(data).__name__} came; accepted are a datasets.Dataset or "
+            "DatasetDict, a torch data set with a length, a list of (x, y) pairs or of dicts, a "
+            f"path, or a hub id.{cure}"
         )
-    name = type(data).__name__
-    return data, f"a {name}"
+    arrays = isinstance(data, (tuple, list)) and len(data) == 2
+    if arrays and all(isinstance(part, (np.ndarray, Tensor)) for part in data):
+        raise DataError(
+            f"A {type(data).__name__} of two arrays came, and rows are accepted: pass "
+            "TensorDataset(X, y), of tensors, or list(zip(X, y))."
+        )
 
 
 def _open_path(data: str | Path, split: str | None) -> tuple[Any, str]:
@@ -325,24 +379,51 @@ def _normalise(data: Any, limit: int | None, origin: str) -> Rows:
         # `with_format(columns=…)` hides columns on purpose: they stay hidden
         data = data.with_format(None).select_columns(data.format["columns"])
         return data if count == len(data) else data.select(range(count))
-    rows = [_as_mapping(data[i], i, origin) for i in range(count)]
+    rows = [_named(_as_mapping(_row(data, i, origin), i, origin), i, origin) for i in range(count)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _as_mapping(row: Any, number: int, origin: str) -> Mapping[str, Any]:
+def _row(data: Any, number: int, origin: str) -> Any:
+    """One row of a data set, whose code is the user's."""
+    try:
+        return data[number]
+    except Exception as error:
+        if isinstance(error, IRDError) or out_of_memory(error):
+            raise
+        raise DataError(
+            f"Row {number} (counting from 0) of {origin}, which says that it has {len(data):,} "
+            f"rows, could not be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _as_mapping(row: Any, number: int, origin: str) -> Mapping[Any, Any]:
     if isinstance(row, Mapping):
         return row
     if not (isinstance(row, (tuple, list)) and len(row) == 2):
+        cure = ' A text is passed as {"text": …}.' if isinstance(row, str) else ""
         raise DataError(
-            f"Row {number} (counting from 0) of {origin} is a {type(row).__name__}; each row must "
-            "be a dict or an (x, y) pair."
+            f"Row {number} (counting from 0) of {origin} has type {type(row).__name__}; each row "
+            f"must be a dict or an (x, y) pair.{cure}"
         )
     x, label = row
     if isinstance(x, Mapping):
         return {**x, "label": label}
     key = "text" if isinstance(x, str) else "image" if is_picture(x) else POSITIONAL
     return {key: x, "label": label}
+
+
+def _named(row: Mapping[Any, Any], number: int, origin: str) -> Mapping[str, Any]:
+    """The row with its columns' names as text: tables without a header count theirs."""
+    if all(isinstance(name, str) for name in row):
+        return row
+    named = {str(name): value for name, value in row.items()}
+    if len(named) < len(row):
+        raise DataError(
+            f"Row {number} (counting from 0) of {origin} has two columns that read alike as text: "
+            f"{', '.join(map(repr, row))}. Rename one."
+        )
+    return named
 
 
 def _take(rows: Rows, wanted: Sequence[int]) -> Rows:

@@ -2,6 +2,11 @@
 
 Nothing is guessed away: a text that reads "NA" stays text, and a row with a field too many, a
 quote that is never closed or a byte that is no UTF-8 is told by its number.
+
+A tsv file comes in two kinds. One from a csv writer (`pandas.to_csv(sep="\t")`) has its quotes
+around whole fields, and doubled within; these are taken off. Where any quote of a file stands
+otherwise, as in GLUE's files, which know no quoting, all its quotes are text, and a line is a row.
+A file that reads well both ways, though with other rows, is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import datasets
@@ -43,6 +48,11 @@ HEADER = 2**24
 
 MOST_COLUMNS = 10_000
 """A table with more is no list of samples: it takes a minute to open, and says nothing."""
+
+QUOTED = re.compile(r'(?:^|(?<=[\t\r\n]))"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|\Z)')
+"""A field of a tsv file as a csv writer quotes it."""
+
+LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -119,7 +129,8 @@ def _read_csv(path: Path) -> pa.Table:
     if len(header) > MOST_COLUMNS:  # quotes or not; before all of them are read
         check_columns(header, str(path))
     # a text may hold line breaks; a text that reads "NA" or "null" stays text (pandas drops it)
-    parse = ParseOptions(delimiter=mark, newlines_in_values=True)
+    quote: Literal['"', False] = '"' if mark == "," or _is_quoted(path) else False
+    parse = ParseOptions(delimiter=mark, quote_char=quote, newlines_in_values=True)
     try:
         table = pyarrow.csv.read_csv(path, parse_options=parse)
     except pa.ArrowInvalid:
@@ -136,9 +147,30 @@ def _read_csv(path: Path) -> pa.Table:
             for row, value in enumerate(table[field.name].to_pylist()):
                 if value is not None and value.decode(errors="ignore").encode() != value:
                     problems.add(row, f"{field.name!r} is not UTF-8 text. Save the file as UTF-8")
-    _check_last_quote(path, table, problems)
+    if quote:
+        _check_last_quote(path, table, problems)
     problems.raise_any()
     return table
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether the quotes of a tsv file are those of a csv writer, and no text.
+
+    Raises:
+        DataError: it could be either, and a quoted field would swallow whole rows.
+    """
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="replace")
+    if '"' in QUOTED.sub("", text):
+        return False
+    joined = next((f for f in QUOTED.finditer(text) if re.search(r"[\t\r\n]", f[0])), None)
+    if joined and len({line.count("\t") for line in LINE_BREAK.split(text) if line}) == 1:
+        row = len(LINE_BREAK.findall(text[: joined.start()])) - 1  # the header is a line, too
+        raise DataError(
+            f"{path}, row {max(0, row)} (counting from 0): a quote that begins a field may be "
+            "text, or join this line with what comes below it, and both read well: "
+            f"{told(joined[0])}. Save the file as csv, jsonl or parquet."
+        )
+    return True
 
 
 def _read_whole(path: Path, parse: ParseOptions) -> pa.Table:
@@ -202,7 +234,7 @@ def _read_json(path: Path) -> list[Mapping[str, Any]]:
     problems = RowProblems(path.name)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
-            what = f"a {type(row).__name__} came; an object is accepted"
+            what = f"a value of type {type(row).__name__} came; an object is accepted"
             problems.add(i, f'{what}, as {{"text": …, "label": …}}')
         elif not row or isinstance(row, _Repeated):
             problems.add(i, "a key comes twice" if row else "the object is empty")

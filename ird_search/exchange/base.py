@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ird_search.artifact import MaskFile, inspect_file
-from ird_search.errors import ModelError, UsageError
+from ird_search.errors import ModelError, UsageError, first_line
 from ird_search.mask import SparseMask
 from ird_search.models import LOAD_ERRORS, load_model, quiet
 from ird_search.seeds import derive
@@ -143,16 +143,5 @@ def _model_of_config(model: str, revision: str | None) -> nn.Module:
                 model, revision=revision, use_safetensors=True, trust_remote_code=False
             )
     except (*LOAD_ERRORS, AttributeError) as error:
-        told = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{model} cannot be loaded: {told}") from error
+        raise ModelError(f"{model} cannot be loaded: {first_line(error)}") from error
     return loaded
-
-
-def refuse_existing(output: Path) -> None:
-    """Nothing is overwritten.
-
-    Raises:
-        UsageError: there is something at `output`.
-    """
-    if output.exists():
-        raise UsageError(f"{output} is there already. Choose another place, or remove it first.")

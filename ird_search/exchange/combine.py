@@ -20,9 +20,8 @@ from ird_search.exchange.base import (
     base_model,
     facts_of,
     mask_of,
-    refuse_existing,
 )
-from ird_search.files import written_directory
+from ird_search.files import refuse_existing, written_directory
 from ird_search.mask import SparseMask
 from ird_search.merge import merge_delta
 from ird_search.models import find_processor, quiet

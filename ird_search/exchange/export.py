@@ -20,8 +20,8 @@ from ird_search.consumers.formats import (
 )
 from ird_search.delta import export_delta
 from ird_search.errors import UsageError
-from ird_search.exchange.base import base_model, facts_of, refuse_existing
-from ird_search.files import written_directory
+from ird_search.exchange.base import base_model, facts_of
+from ird_search.files import refuse_existing, written_directory
 from ird_search.mask import SparseMask
 from ird_search.models import quiet
 
@@ -89,7 +89,7 @@ def export_mask(
     refuse_existing(output)
     found = inspect_mask(path)
     if to == "bool" and model is None:
-        write_bool_mask(found.mask, output)
+        write_bool_mask(found.mask, output, head=found.head)
         return _told(found.mask, found.head)
     base = base_model(found.provenance, str(model), revision=revision)
     mask = load_mask(path, base, strict="weights_sha256" in found.provenance)
@@ -161,37 +161,60 @@ def _supertuning(source: _Source, output: Path, options: Options) -> str:
         if coverage.stored > coverage.held
         else ""
     )
-    return (
-        f"{_saved(wrapped, coverage, output)}\n{repeated}Train it with "
+    told = (
+        f"{coverage.describe()}\n{repeated}Train it with "
         f"load_supertuning(model, {str(output)!r}, is_trainable=True) of ird_search.consumers.peft."
     )
+    note = _SEVERAL if coverage.adapters > 1 else ""
+    return _saved(wrapped, output, "Supertuning adapter", told, note)
 
 
 def _shira(source: _Source, output: Path, options: Options) -> str:
     convert = _peft().to_shira
     wrapped, coverage = convert(source.model, source.mask, dense=source.dense, r=options.rank)
-    return (
-        f"{_saved(wrapped, coverage, output)}\nTrain it with "
+    told = (
+        f"{coverage.describe()}\nTrain it with "
         f"PeftModel.from_pretrained(model, {str(output)!r}, is_trainable=True)."
     )
+    return _saved(wrapped, output, "SHiRA adapter", told)
 
 
-def _saved(wrapped: Any, coverage: Any, output: Path) -> str:
+_SEVERAL = """\
+The adapters in the folders below this one hold a part of the mask each, and work together.
+`PeftModel.from_pretrained` opens one adapter and finds none here; `load_supertuning` opens all.
+For a folder that plain PEFT opens, export with `--adapters 1`: some entries are stored several
+times then.
+"""
+
+
+def _saved(wrapped: Any, output: Path, what: str, told: str, note: str = "") -> str:
+    """Write what PEFT saves, and beside it how to load it; the text for the console."""
     with written_directory(output) as place, quiet():
         wrapped.save_pretrained(place)
-    return str(coverage.describe())
+        _explain(place / "README.md", what, told, note)
+    return told
+
+
+def _explain(readme: Path, what: str, told: str, note: str = "") -> None:
+    """Put what an export is in the place of PEFT's template of a model card, under its header."""
+    card = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    header = card.split("---\n")[1] if card.startswith("---\n") else "library_name: peft\n"
+    text = (
+        f"---\n{header}---\n\n# {what} of an ird_search mask\n\nWritten by `ird-search export`, "
+        f"and not trained yet. The base model is needed beside it.\n\n```text\n{told}\n```\n"
+    )
+    readme.write_text(f"{text}\n{note}" if note else text, encoding="utf-8")
 
 
 def _lora(source: _Source, output: Path, options: Options) -> str:
     ranks_of = _peft().rank_pattern
     budget = options.budget or source.mask.count
     arguments, coverage = ranks_of(source.model, source.mask, budget=budget, dense=source.dense)
-    with written_directory(output) as place:
-        import_module("peft").LoraConfig(**arguments).save_pretrained(place)
-    return (
+    told = (
         f"{coverage.describe()}\nStart it with get_peft_model(model, "
         f"LoraConfig.from_pretrained({str(output)!r}))."
     )
+    return _saved(import_module("peft").LoraConfig(**arguments), output, "LoRA configuration", told)
 
 
 def _fish(source: _Source, output: Path, options: Options) -> str:
@@ -200,12 +223,12 @@ def _fish(source: _Source, output: Path, options: Options) -> str:
 
 
 def _bool(source: _Source, output: Path, options: Options) -> str:
-    write_bool_mask(source.mask, output)
+    write_bool_mask(source.mask, output, head=source.dense)
     return _told(source.mask, source.dense)
 
 
 def _told(mask: SparseMask, head: Sequence[str]) -> str:
-    left = f" The head is not in it: {', '.join(head)}." if head else ""
+    left = f" The head has no tensor in it, and is noted beside: {', '.join(head)}." if head else ""
     return f"{mask.count:,} entries are True (train).{left}"
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from ird_search.errors import out_of_memory
+from ird_search.errors import first_line, out_of_memory
 from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.labels import LabelRule, label_problems
@@ -94,7 +94,7 @@ def make_engine(
         except Exception as problem:
             if out_of_memory(problem):
                 raise
-            told = (str(problem).splitlines() or ["no message"])[0][:200]
+            told = first_line(problem)[:200]
             where = f" in {running[-1]}" if running else ""
             reasons.append(f"{path!r} fails{where}: {type(problem).__name__}: {told}")
         else:

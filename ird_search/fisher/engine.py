@@ -32,8 +32,9 @@ class Contribution:
 class Engine(Protocol):
     """One way to compute per-sample gradients."""
 
-    path: str
-    """The name that a run's record shows."""
+    @property
+    def path(self) -> str:
+        """The name that a run's record shows; it may grow while gradients are computed."""
 
     names: tuple[str, ...]
     """The tensors it answers for."""
@@ -41,6 +42,21 @@ class Engine(Protocol):
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         """Every row of the batch, in one or more contributions."""
         ...
+
+
+_PATHS = ("taps", "vmap", "loop")
+
+
+def joined_paths(*paths: str) -> str:
+    """The name of several paths that worked together, whatever their order; each once.
+
+    Example:
+        >>> joined_paths("loop", "taps+vmap", "taps")
+        'taps+vmap+loop'
+    """
+    parts = dict.fromkeys(part for path in paths for part in path.split("+") if part)
+    known = [part for part in _PATHS if part in parts]
+    return "+".join([*known, *(part for part in parts if part not in _PATHS)])
 
 
 class Joined:
@@ -53,8 +69,11 @@ class Joined:
 
     def __init__(self, whole: Engine, rest: Engine) -> None:
         self.whole, self.rest = whole, rest
-        self.path = f"{whole.path}+{rest.path}"
         self.names = (*whole.names, *rest.names)
+
+    @property
+    def path(self) -> str:
+        return joined_paths(self.whole.path, self.rest.path)
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         for first in self.whole.gradients(batch):
@@ -76,7 +95,11 @@ class Elsewhere:
 
     def __init__(self, engine: Engine, there: Callable[[], AbstractContextManager[object]]) -> None:
         self.engine, self.there = engine, there
-        self.path, self.names = engine.path, engine.names
+        self.names = engine.names
+
+    @property
+    def path(self) -> str:
+        return self.engine.path
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         with self.there():
@@ -91,5 +114,5 @@ def parameters_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parame
 
 def all_finite(tensors: Sequence[Tensor], batch: int) -> Tensor:
     """Whether every entry of a sample is finite in each tensor [B, …]: bool [B]."""
-    sums = [t.reshape(batch, -1).sum(1, dtype=torch.float32) for t in tensors]
+    sums = [t.reshape(batch, t.numel() // batch).sum(1, dtype=torch.float32) for t in tensors]
     return torch.stack(sums).isfinite().all(0)

@@ -17,7 +17,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ird_search.errors import out_of_memory
+from ird_search.errors import first_line, out_of_memory
 from ird_search.fisher.native import NoCompilerError
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _tried(
     except Exception as problem:  # whatever a compiler or a driver raises
         if out_of_memory(problem):
             raise MemoryError(str(problem)) from problem
-        told = (str(problem).splitlines() or ["no message"])[0][:200]
+        told = first_line(problem)[:200]
         log.warning("The fused kernel fails on %s: %s: %s", device, type(problem).__name__, told)
         return None
     allowed = max(TOLERANCE[left], TOLERANCE[right])

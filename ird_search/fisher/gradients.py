@@ -131,7 +131,7 @@ class Dense(SampleGradients):
 
     def formed(self) -> Iterator[tuple[slice, Tensor]]:
         # Small tensors at once; large ones in rows that stay in the processor's cache.
-        step = max(1, 2**18 // self.gradients.shape[1])
+        step = max(1, 2**18 // max(1, self.gradients.shape[1]))
         for start in range(0, self.batch, step):
             part = slice(start, min(start + step, self.batch))
             yield part, self.gradients[part].float()
@@ -174,7 +174,7 @@ class Outer(SampleGradients):
     def formed(self) -> Iterator[tuple[slice, Tensor]]:
         m, n = self._size
         left, right = self.left.float().mT, self.right.float()
-        step = 1 if left.device.type == "cpu" else max(1, CHUNK_BYTES // (4 * m * n))
+        step = 1 if left.device.type == "cpu" else max(1, CHUNK_BYTES // (4 * max(1, m * n)))
         buffer = torch.empty(min(step, self.batch), m, n, device=left.device)
         for start in range(0, self.batch, step):
             part = slice(start, min(start + step, self.batch))
@@ -298,9 +298,10 @@ class Lookup(SampleGradients):
     ) -> Tensor:
         sample, row, summed = self._touched()
         squares = summed.square()
-        sums.view(self.rows, -1).index_add_(0, row, squares)
+        size = self.rows, self.left.shape[2]
+        sums.view(size).index_add_(0, row, squares)
         if means is not None:
-            means.view(self.rows, -1).index_add_(0, row, summed)
+            means.view(size).index_add_(0, row, summed)
         return self._norms(sample, row, squares, within)
 
     def square_norms(self, within: Columns | None = None) -> Tensor:

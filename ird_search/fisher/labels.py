@@ -21,7 +21,7 @@ pass, so the model's distribution costs none of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,12 +38,16 @@ from ird_search.task import IGNORED, Classification, LanguageModel, Task
 
 @dataclass(frozen=True)
 class Weighted(Task):
-    """√p(y | x) log p(y | x), the root held fixed: squares are weighted by p(y | x)."""
+    """√p(y | x) log p(y | x), the root held fixed: squares are weighted by p(y | x).
+
+    A class that the model gives no probability (a logit of −∞) adds nothing: √p log p → 0.
+    """
 
     task: Task
 
     def log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         found = self.task.log_likelihood(logits, labels)
+        found = found.masked_fill(found.detach() == -torch.inf, 0.0)  # before 0 · ∞ is formed
         return (found.detach() / 2).exp() * found
 
 
@@ -150,7 +154,8 @@ class LabelRule:
         step = max(1, len(batch) // len(terms))
         for start in range(0, len(batch), step):
             part = slice(start, min(start + step, len(batch)))
-            yield from _summed(engine, [_part(batch, labels, part) for labels in terms], start)
+            some = [replace(batch, labels=labels).part(part) for labels in terms]
+            yield from _summed(engine, some, start)
 
     def terms(self, samples: SampleSet, batch: Batch) -> list[Tensor]:
         """The labels of each term, in the shape of the batch's."""
@@ -208,11 +213,6 @@ def _tokens(labels: Tensor, first: int) -> list[Tensor]:
     targets = ((labels != IGNORED).any(0) & (places >= first)).nonzero().flatten().tolist()
     # Where there is no target at all, one term says so: its gradient is zero.
     return [labels.masked_fill(places != t, IGNORED) for t in targets or [0]]
-
-
-def _part(batch: Batch, labels: Tensor, part: slice) -> Batch:
-    inputs = {key: value[part] for key, value in batch.inputs.items()}
-    return Batch(inputs, labels[part], batch.rows[part])
 
 
 def _summed(engine: Engine, terms: Sequence[Batch], start: int) -> Iterator[Contribution]:

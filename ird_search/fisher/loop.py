@@ -43,6 +43,6 @@ class Loop:
             grads = torch.autograd.grad(
                 value.sum(), list(parameters.values()), materialize_grads=True, allow_unused=True
             )
-        rows = [g.reshape(1, -1) for g in grads]
+        rows = [g.reshape(1, g.numel()) for g in grads]
         tensors = {name: Dense(g) for name, g in zip(parameters, rows, strict=True)}
         return Contribution(part, dict(tensors), all_finite([value.detach(), *rows], 1))

@@ -114,6 +114,11 @@ class FisherMatrix:
         )
 
     @property
+    def path(self) -> str:
+        """How the gradients were computed: also by the loop, where memory or a batch needed it."""
+        return self._passes.path
+
+    @property
     def passes(self) -> float:
         """Forward and backward passes over the whole sample set that were needed so far."""
         return self._passes.count
@@ -152,6 +157,7 @@ class FisherMatrix:
         )
         # where memory ran out before
         there._passes.engine, there._passes.most = here.engine, here.most
+        there._passes.before = here.before
         return there
 
     def marginals(self, rows: Tensor | None = None, *, within: Tensor | None = None) -> Marginals:

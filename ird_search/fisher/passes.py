@@ -18,7 +18,7 @@ from torch import Tensor
 from ird_search.coordinates import digest
 from ird_search.devices import release_memory
 from ird_search.errors import ResourceError, out_of_memory
-from ird_search.fisher.engine import Contribution, Engine
+from ird_search.fisher.engine import Contribution, Engine, joined_paths
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.labels import LabelRule
 from ird_search.fisher.record import Memory, PassRecord
@@ -65,6 +65,8 @@ class Passes:
         self.samples, self.device, self.record, self.labels = samples, device, record, labels
         self.tokens, self.cache_bytes, self.excluded_share = tokens, cache_bytes, excluded_share
         self.engine, self.fallback = engine, fallback
+        self.before: Engine | None = None
+        """The path that some gradients were computed by, before the fallback took its place."""
         self.count = 0.0
         """Forward and backward passes over the whole sample set that were needed so far."""
         self.excluded: set[int] = set()
@@ -79,6 +81,11 @@ class Passes:
         self._kept: dict[tuple[int, ...], _Factors | None] = {}
         self._bytes: dict[tuple[int, ...], int] = {}
         self._has_room = True
+
+    @property
+    def path(self) -> str:
+        """What computed the gradients so far; before the first, what will."""
+        return joined_paths(self.engine.path, *([self.before.path] if self.before else []))
 
     @property
     def memory(self) -> Memory:
@@ -214,9 +221,9 @@ class Passes:
                 if not out_of_memory(problem):
                     raise
                 reason = str(problem)
+            self.count += done / len(self.samples)
             if reason or done < batch.numel():
                 self._smaller(batch.numel() - done, reason)
-            self.count += done / len(self.samples)
             rows = rows[done:]
 
     def _contributions(self, rows: Tensor) -> Iterator[Contribution]:
@@ -237,6 +244,7 @@ class Passes:
             self.most = rows // 2
             log.warning("Out of memory: batches of the Fisher pass are of %d rows.", self.most)
         elif self.fallback is not None and self.engine is not self.fallback:
+            self.before = self.engine if self.count else None
             self.engine = self.fallback
             log.warning("Out of memory: the Fisher pass goes on one sample at a time.")
         else:

@@ -64,8 +64,6 @@ class Taps:
     `doubtful` says whether caution would leave out more.
     """
 
-    path = "taps"
-
     def __init__(
         self,
         model: nn.Module,
@@ -84,6 +82,11 @@ class Taps:
         covered = {name for site in sites for name in site.parameters.values()}
         self.names = tuple(n for n in names if n in covered)
         self.uncovered = tuple(n for n in names if n not in covered)
+
+    @property
+    def path(self) -> str:
+        """With the loop, once a batch has gone by it."""
+        return "taps+loop" if self._told else "taps"
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         try:

@@ -37,7 +37,7 @@ class VMap:
     ) -> None:
         self.model, self.task, self.names = model, task, tuple(names)
         entries = sum(p.numel() for p in parameters_of(model, self.names).values())
-        self.chunk = chunk or max(1, min(8, CHUNK_BYTES // (4 * entries)))
+        self.chunk = chunk or max(1, min(8, CHUNK_BYTES // (4 * max(1, entries))))
 
     def gradients(self, batch: Batch) -> Iterator[Contribution]:
         with traceable_attention(self.model), batchable():

@@ -47,13 +47,11 @@ class Walk:
 
     def nominate(self, state: SearchState) -> Sequence[Nomination]:
         sizes, pair = state.ranges, state.pair
-        opening = "criterion" in self.vary
-        if opening and not state.rounds and (found := self._criteria(sizes)):
+        if not state.rounds and "criterion" in self.vary and (found := self._criteria(sizes)):
             return found
-        if len(state.rounds) <= opening:
+        if pair is None or not any(r.moved_to.move in MOVES for r in state.rounds):
             reading = self.base if pair is None else pair.reading
             pair = Pair(torch.arange(sizes.rows[0]), reading=reading)
-        assert pair is not None
         if pair.step < sizes.target:
             return self.narrowings.narrowed(pair, sizes, MOVES)
         around = pair.step == sizes.target and state.stale < self.patience

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from ird_search.consumers.formats.tensors import Trains, from_tensors, to_tensors
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
+from ird_search.parameters import require_module
 
 
 def from_prune(model: nn.Module, *, trains: Trains) -> SparseMask:
@@ -32,6 +33,7 @@ def from_prune(model: nn.Module, *, trains: Trains) -> SparseMask:
         >>> from_prune(model, trains=0).indices
         {'weight': tensor([1])}
     """
+    require_module(model)
     masks = {}
     for prefix, module in model.named_modules():
         held = dict(module.named_buffers(recurse=False))

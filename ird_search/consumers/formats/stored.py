@@ -6,10 +6,11 @@ Files are read without running code that they may hold.
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from ird_search.consumers.formats.tensors import from_tensors, problems_with, to
 from ird_search.errors import ArtifactError, UsageError
 from ird_search.files import write_atomically
 from ird_search.mask import SparseMask
+from ird_search.parameters import require_module
 
 _POLARITY = "trains"
 """The key under which a safetensors file of bools says which value means "train"."""
+
+_HEAD = "head"
+"""The key under which it lists what is trained whole beside the mask, as a JSON list of names."""
 
 _OWN = {"ird_mask": "load_mask", "ird_delta": "load_delta"}
 """What reads the safetensors files of this package, by a key of their metadata."""
@@ -102,6 +107,10 @@ def read_bool_mask(
         model: as in `from_tensors`.
         dense: regular expressions for the tensors that are trained whole.
 
+    Returns:
+        The mask, and the names of the dense parameters: those that the file notes, too, which it
+        need not hold.
+
     Raises:
         ArtifactError: the file is missing, damaged, or does not tell its polarity.
         UsageError: as for `from_tensors`.
@@ -115,13 +124,30 @@ def read_bool_mask(
             "trains=…)."
         )
     with _about(path):
-        return from_tensors(tensors, model, trains=1 if note == "1" else 0, dense=dense)
+        mask, whole = from_tensors(tensors, model, trains=1 if note == "1" else 0, dense=dense)
+    noted = (name for name in _noted_head(notes) if name not in tensors)
+    return mask, tuple(dict.fromkeys((*whole, *noted)))
 
 
-def write_bool_mask(mask: SparseMask, path: str | os.PathLike[str]) -> None:
+def _noted_head(notes: Mapping[str, str]) -> tuple[str, ...]:
+    """What a file says is trained whole; nothing where that is no list of names."""
+    try:
+        found = json.loads(notes.get(_HEAD, "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    names = found if isinstance(found, list) else []
+    return tuple(name for name in names if isinstance(name, str) and name.isprintable())
+
+
+def write_bool_mask(
+    mask: SparseMask, path: str | os.PathLike[str], *, head: Sequence[str] = ()
+) -> None:
     """Write a bool tensor for every tensor of the mask's space, as safetensors; True = train.
 
     It takes a byte a parameter, and anyone can read it. Equal masks give equal bytes.
+
+    Args:
+        head: names of what is trained whole beside the mask: noted in the file's metadata.
 
     Raises:
         UsageError: the place cannot be written.
@@ -140,7 +166,8 @@ def write_bool_mask(mask: SparseMask, path: str | os.PathLike[str]) -> None:
     flat = torch.zeros(mask.space.numel).bool()
     flat[mask.coords] = True
     tensors = {name: t.clone() for name, t in mask.space.split(flat).items()}
-    write_atomically(path, safetensors.torch.save(tensors, metadata={_POLARITY: "1"}))
+    notes = {_POLARITY: "1", **({_HEAD: json.dumps(list(head))} if head else {})}
+    write_atomically(path, safetensors.torch.save(tensors, metadata=notes))
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -156,6 +183,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _unwrapped(tensors: dict[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
     """The tensors under the names that the model has without `DataParallel` around it."""
     wrapped = all(name.startswith(_DATA_PARALLEL) for name in tensors)
+    if model is not None:
+        require_module(model)
     if model is None or not wrapped or any(n in tensors for n, _ in model.named_parameters()):
         return tensors
     return {name.removeprefix(_DATA_PARALLEL): t for name, t in tensors.items()}

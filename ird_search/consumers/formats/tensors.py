@@ -13,7 +13,7 @@ from ird_search.entries import trained_entries
 from ird_search.errors import UsageError
 from ird_search.mask import SparseMask
 from ird_search.mismatch import listed, mismatch
-from ird_search.parameters import ParameterSpace, compiled
+from ird_search.parameters import ParameterSpace, compiled, require_module
 
 Trains = Literal[0, 1]
 """The value that means "train"."""
@@ -64,6 +64,8 @@ def from_tensors(
         ({'0.weight': tensor([1])}, ('1.bias',))
     """
     _check_choices(trains, layout)
+    if model is not None:
+        require_module(model)
     if model is None and layout != "model":
         raise UsageError(f"layout={layout!r} needs the model: it knows which tensors are meant.")
     if problems := problems_with(tensors):

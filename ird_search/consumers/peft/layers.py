@@ -18,6 +18,7 @@ from ird_search.consumers.peft.coverage import Coverage, TensorCoverage, losses
 from ird_search.entries import trained_entries
 from ird_search.errors import ModelError, UsageError
 from ird_search.mask import SparseMask
+from ird_search.parameters import require_module
 
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that may read the weights of their layers without calling them."""
@@ -131,11 +132,13 @@ def make_plan(
 
 
 def check_bare(model: nn.Module) -> None:
-    """Refuse a model that holds adapters.
+    """Refuse a model that holds adapters, and what is no model.
 
     Raises:
-        ModelError: it does.
+        ModelError: it holds adapters.
+        UsageError: it is no module.
     """
+    require_module(model)
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ModelError(
             "This model holds PEFT adapters already. Give it as it was before it was wrapped "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ird_search.consumers.peft.coverage import Coverage
 from ird_search.consumers.peft.layers import Layer, check_bare, exactly, make_plan
-from ird_search.errors import ArtifactError, UsageError
+from ird_search.errors import ArtifactError, UsageError, first_line
 from ird_search.mask import SparseMask
 
 _NAME = "ird_mask"
@@ -142,7 +142,7 @@ def _damage(place: Path) -> str:
     except Exception as error:  # damaged JSON, safetensors and pickles can end in any exception
         told = type(error).__name__
         if not isinstance(error, UnpicklingError):  # torch would tell how to run the pickle
-            told += f": {(str(error).splitlines() or [''])[0]}"
+            told += f": {first_line(error)}"
         return f"{place} holds a damaged adapter ({told}). Copy or save it anew."
     return ""
 
