@@ -77,8 +77,9 @@ def search_mask(
         model: an `nn.Module` (transformers, PEFT-wrapped, or your own), a directory, or a hub id.
         data: a `datasets` data set, a torch data set, a list of dicts or of (x, y) pairs, a path
             to csv/json/jsonl/parquet, or a hub id; tokenised or raw.
-        eval_data: the same for held-out samples; by default a validation split, else (and
-            where `split` is named) a part of `data`.
+        eval_data: the same for held-out samples (of several splits the validation split, else
+            `test`); by default a validation split of `data`, else (and where `split` is named) a
+            part of it.
         output: a run directory: everything is written there, and an interrupted run goes on.
         config: settings as one value, instead of keywords.
         processor: tokenizer or image processor, where the model brings none.

@@ -244,8 +244,11 @@ def _placed(logits: Tensor, places: Tensor) -> Tensor:
     vocabulary would let that decide a draw more often.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    below = logits.softmax(-1, dtype=dtype).cumsum(-1)[..., :-1]
-    return (below <= places.to(dtype)[..., None]).sum(-1)
+    shares = logits.softmax(-1, dtype=dtype)
+    if torch.are_deterministic_algorithms_enabled():
+        shares = shares.cpu()  # CUDA knows no deterministic cumulative sum
+    below = shares.cumsum(-1)[..., :-1]
+    return (below <= places.to(below)[..., None]).sum(-1).to(logits.device)
 
 
 def _f1(predicted: np.ndarray, gold: np.ndarray, num_labels: int) -> float:

@@ -99,13 +99,14 @@ def _kernel(
     squared = tl.zeros((BM, BN), tl.float32)
     signed = tl.zeros((BM, BN), tl.float32)
     first = part * share
-    a = left + first.to(tl.int64) * left_b + i[:, None] * left_m
-    c = right + first.to(tl.int64) * right_b + j[None, :] * right_n
+    # 64 bits: 16,384 tokens of 131,072 outputs are 2³¹ numbers
+    a = left + first.to(tl.int64) * left_b + i.to(tl.int64)[:, None] * left_m
+    c = right + first.to(tl.int64) * right_b + j.to(tl.int64)[None, :] * right_n
     score = scores + tile.to(tl.int64) * batch + first
     for _ in range(first, min(batch, first + share)):
         g = tl.zeros((BM, BN), tl.float32)
         for start in range(0, tokens, BT):
-            s = start + t
+            s = (start + t).to(tl.int64)
             x = tl.load(a + s[None, :] * left_t, (i < m)[:, None] & (s < tokens)[None, :], 0.0)
             y = tl.load(c + s[:, None] * right_t, (s < tokens)[:, None] & (j < n)[None, :], 0.0)
             if WIDEN:
