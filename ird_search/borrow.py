@@ -58,6 +58,24 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass writes into buffers, or in their place."""
+    kept = [
+        (m, name, buffer, buffer.detach().clone())
+        for m in model.modules()
+        for name, buffer in m._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, saved in kept:
+            if not torch.equal(buffer, saved):
+                buffer.copy_(saved)
+            module._buffers[name] = buffer
+
+
+@contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put back the global random states of torch, numpy and Python."""
     cuda = torch.cuda.is_available()

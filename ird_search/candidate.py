@@ -229,8 +229,7 @@ class Probe:
     @classmethod
     def around(cls, candidate: Candidate) -> Probe:
         """Three rates around the candidate's start."""
-        start = candidate.start_rate()
-        return cls(candidate, [rate_at(start, i) for i in (-1, 0, 1)])
+        return cls(candidate, rates_around(candidate.start_rate()))
 
     @classmethod
     def longer(cls, candidate: Candidate, rate: float) -> Probe:
@@ -279,6 +278,11 @@ def require_success(scores: Mapping[str, ProxyScore]) -> None:
 def best_of(trials: Sequence[Trial]) -> ProxyScore:
     """The lowest score of some trials, the earliest of equals."""
     return ProxyScore(min(trials, key=lambda t: t.order), tuple(trials))
+
+
+def rates_around(rate: float) -> list[float]:
+    """A rate of the lattice and its two neighbours, but for those below `LOWEST_RATE`."""
+    return [r for i in (-1, 0, 1) if (r := rate_at(rate, i)) >= LOWEST_RATE] or [LOWEST_RATE]
 
 
 def rate_at(start: float, i: int) -> float:

@@ -179,7 +179,7 @@ def rows(
 
     Positions count from 0. With --json, all that is known of every row of the pool.
     """
-    require_finished(output)
+    require_finished(output, needed="samples.jsonl")
     found = import_module("ird_search.sample_report").read_report(output)
     if as_json:
         print(json.dumps([asdict(row) for row in found.rows], indent=1))

@@ -121,16 +121,20 @@ def _end(message: str, code: int) -> typing.NoReturn:
     raise typer.Exit(code)
 
 
-def require_finished(*places: Path) -> None:
+def require_finished(*places: Path, needed: str = "mask.safetensors") -> None:
     """Refuse the directory of an unfinished run, before a file that it lacks is missed.
 
     Raises:
         UsageError: the run has not ended: where it stands, and how to go on.
     """
     for place in places:
-        written = (place / "mask.safetensors", place / "delta.safetensors")
-        if (place / "config.yaml").is_file() and not any(path.exists() for path in written):
-            raise UsageError(_where_it_stands(import_module("ird_search.status").Status.of(place)))
+        try:
+            begun = all((place / name).is_file() for name in ("config.yaml", "run.json"))
+            if not begun or any((place / n).exists() for n in (needed, "delta.safetensors")):
+                continue
+        except OSError:  # told by who opens it
+            continue
+        raise UsageError(_where_it_stands(import_module("ird_search.status").Status.of(place)))
 
 
 def _where_it_stands(found: Any) -> str:
@@ -143,7 +147,7 @@ def _where_it_stands(found: Any) -> str:
         ends = f"Go on with: {found.command}"
     elif found.state == "running":
         ends = "Wait for it."
-    return f"The run in {found.directory} is {state}: {done}, and no mask yet. {ends}"
+    return f"The run in {found.directory} is {state}: {done}, and no mask. {ends}"
 
 
 def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -22,7 +22,7 @@ from ird_search.candidate import (
     Probe,
     ProxyScore,
     Trial,
-    rate_at,
+    rates_around,
 )
 from ird_search.controls import Draw
 from ird_search.proxy import Proxies
@@ -101,8 +101,7 @@ def _again(
         if len(probe.trials) > 1 and probe.best.ok
     }
     around = {
-        i: Probe(ones[0], [rate_at(probes[i].best.rate, j) for j in (-1, 0, 1)], more=MORE)
-        for i, ones in drawn.items()
+        i: Probe(ones[0], rates_around(probes[i].best.rate), more=MORE) for i, ones in drawn.items()
     }
     done: list[list[Trial]] = [[] for _ in draws]
     while wanted := [(i, rate) for i, probe in around.items() for rate in probe.wanted()]:

@@ -139,7 +139,7 @@ def check_kinds(model: Any, processor: Any) -> None:
     if not isinstance(model, (nn.Module, str, Path)):
         what = f"The class {model.__name__}" if isinstance(model, type) else repr(model)
         problems.append(f"{what} came as the model; a module, a directory or a hub id is accepted.")
-    if processor is not None and not callable(processor):
+    if isinstance(processor, (str, Path)):
         problems.append(
             f"The processor is {processor!r}; a tokenizer or image processor itself is accepted, "
             "as AutoTokenizer.from_pretrained(...) gives it."

@@ -144,7 +144,7 @@ class Problem:
         if shared := about.get("held_out_in_training"):
             notes.append(
                 f"{shared:,} of {about['held_out']:,} held-out samples are training samples, too "
-                "(same inputs, same label)."
+                "(same inputs, same label): their losses say what was learnt by heart."
             )
         if bool((self.train.kin != 0).any()):
             notes.append(
@@ -225,7 +225,8 @@ def _classes_of(loaded: LoadedModel, task: str, source: Source, options: DataCon
     names = source.label_names or ()
     try:
         first = encode_for(loaded, task, source.select([0]), None, options, label_names=names)
-        device = next(loaded.model.parameters()).device
+        weight = next(loaded.model.parameters(), None)
+        device = None if weight is None else weight.device
         logits = look(loaded.model, first.batch([0], device).inputs).logits
     except REFUSALS as error:
         if out_of_memory(error):
@@ -292,7 +293,7 @@ def make_problem(
         count = min(len(held), config.eval_samples)
         held = held.select(random_subset(len(held), count, seed=derive(config.seed, "held out")))
     choose, verdict = _halves(held, config)
-    shared = 0 if held_out is None else _shared_rows(samples, held, held_out)
+    shared = _shared_rows(samples, held)
     device = resolve_device(config.device)
     model = loaded.model.to(device)
     head, space = parameters_of(model, config, check_fit(model, task, samples, source, device))
@@ -336,22 +337,10 @@ def _eval_source(data: Any, eval_data: Any, source: Source, options: DataConfig)
     return read_validation(data, **columns)
 
 
-def _shared_rows(train: SampleSet, held: SampleSet, held_out: Source) -> int:
-    """How many held-out samples are training samples, too: same inputs, same label.
-
-    Raises:
-        DataError: all of them.
-    """
+def _shared_rows(train: SampleSet, held: SampleSet) -> int:
+    """How many held-out samples are training samples, too: same inputs, same label."""
     known = set(train.contents())
-    shared = sum(content in known for content in held.contents())
-    if shared and shared == len(held):
-        raise DataError(
-            f"{held_out.origin}: all {shared:,} held-out samples are training samples, too (same "
-            "inputs, same label); what was learnt by heart would look best. Pass eval_data "
-            "(--eval-data) with other rows, or data alone and without a validation split, so that "
-            "a part of it is held out."
-        )
-    return shared
+    return sum(content in known for content in held.contents())
 
 
 def _task_name(task: Task, samples: SampleSet) -> str:

@@ -165,7 +165,8 @@ def _to_train(provenance: Mapping[str, Any]) -> list[str]:
     """What a trainer needs beside the mask."""
     head = ", ".join(f"`{name}`" for name in provenance["head"]) or "none"
     rate = provenance["learning_rate"]
-    idle = "" if rate > LOWEST_RATE else ", at which nothing is trained: look for one of your own"
+    chosen = provenance["search"]["learning_rate"] is None and rate <= LOWEST_RATE
+    idle = ", at which hardly anything is trained: look for one of your own" if chosen else ""
     return [
         "## To train it",
         "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ird_search.borrow import borrowed, unwrapped
+from ird_search.borrow import borrowed, buffers_kept, unwrapped
 from ird_search.data.sources import Source
 from ird_search.data.targets import Decoder, shifted_right
 from ird_search.errors import ModelError
@@ -23,7 +23,6 @@ OTHER_PURPOSES_TOLD = {
     "MaskedLM": "masked tokens",
     "QuestionAnswering": "spans of answers",
     "MultipleChoice": "multiple choice",
-    "NextSentencePrediction": "pairs of sentences",
     "PreTraining": "pretraining",
     "ObjectDetection": "boxes in images",
     "Segmentation": "labels of single pixels",
@@ -82,7 +81,7 @@ class Look:
 
     Args:
         logits: its answer.
-        last: the module with parameters of its own that came last; `None` where none was called.
+        last: the layer that gave it, as far as can be seen; `None` where that cannot.
     """
 
     logits: Tensor
@@ -91,20 +90,42 @@ class Look:
 
 def look(model: nn.Module, inputs: Inputs) -> Look:
     """Run a model once, in evaluation mode and without gradients; it is handed back as it was."""
-    called: list[str] = []
-    own = {
-        n: m
-        for n, m in model.named_modules()
-        if next(m.parameters(recurse=False), None) is not None
-    }
-    hooks = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in own.items()]
+    widths: dict[str, int] = {}
+
+    def noted(name: str, output: Any) -> None:
+        widths.pop(name, None)  # the last call counts
+        widths[name] = output.shape[-1] if isinstance(output, Tensor) and output.ndim else 0
+
+    own = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(False))}
+    hooks = [
+        m.register_forward_hook(lambda m, x, y, n=n: noted(n, y))
+        for n, m in own.items()
+        if not isinstance(m, torch.jit.ScriptModule)  # which take no hooks
+    ]
     try:
-        with borrowed(model), torch.no_grad():
+        with borrowed(model), buffers_kept(model), torch.no_grad():
             logits = logits_of(model.eval(), inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return Look(logits, called[-1] if called else None)
+    return Look(logits, _last_layer(list(own), widths, logits))
+
+
+def _last_layer(owners: list[str], widths: Mapping[str, int], logits: Tensor) -> str | None:
+    """Of the layers that were called, the last one whose answer is as wide as the logits.
+
+    One that holds others ends after them, and is none itself. Where the layer that was made last is
+    called by no one, its weight is read by a function, and nothing is known.
+    """
+    if not widths or owners[-1] not in widths:
+        return None
+    leaves = [n for n in widths if not any(c != n and _within(c, n) for c in widths)]
+    wide = [n for n in leaves if logits.ndim and widths[n] == logits.shape[-1]]
+    return (wide or leaves)[-1]
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
 
 
 def looks_ahead(model: nn.Module, inputs: Inputs) -> bool:
@@ -124,7 +145,8 @@ def looks_ahead(model: nn.Module, inputs: Inputs) -> bool:
     )
     if not before.numel():
         return False
-    allowed = torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())
+    coarse = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    allowed = max(coarse, torch.finfo(before.dtype).eps) ** 0.5 * float(before.abs().max())
     return float((before - after).abs().max()) > allowed
 
 

@@ -90,13 +90,12 @@ def test_evaluation_takes_the_test_split_and_never_the_training_split() -> None:
     assert held == {tuple(x.tolist()) for x, _ in test}
 
 
-def test_held_out_rows_that_are_all_training_rows_are_refused() -> None:
+def test_held_out_rows_that_are_training_rows_are_told() -> None:
     data = rows(40)
-    words = ["a list: all 8 held-out samples are training samples", "--eval-data"]
-    refused(words, lambda: problem(data, data[4:12]))
-    refused(
-        ["The dict (validation): all 8"], lambda: problem({"train": data, "validation": data[:8]})
-    )
+    told = "8 of 8 held-out samples are training samples, too"
+    assert problem(data, data[4:12]).notes[0].startswith(told)
+    assert problem({"train": data, "validation": data[:8]}).notes[0].startswith(told)
+    assert "10 of 10 held-out" in problem(data[:2] * 20).notes[0]  # held out of the data itself
 
 
 def test_a_few_held_out_rows_in_training_are_told() -> None:
@@ -138,7 +137,7 @@ def test_a_tsv_file_of_pandas_comes_back(tmp_path: Path) -> None:
     ("text", "row"),
     [
         ('text\tlabel\na\t1\n"good film\t1\nbad film"\t0\n', 1),
-        ('text\n"a\nb"\nc\n', 0),
+        ('text\tlabel\nb\t0\na\t1\n"good film\t1\nbad film"\t0\n', 2),
     ],
 )
 def test_a_tsv_file_that_reads_well_both_ways_is_refused(
@@ -148,11 +147,25 @@ def test_a_tsv_file_that_reads_well_both_ways_is_refused(
     refused(words, lambda: read_source(tsv(tmp_path, text)))
 
 
-def test_a_tsv_file_of_both_kinds_is_refused_with_its_row(tmp_path: Path) -> None:
-    text = 'text\tlabel\n"a\nb"\t1\nsay "hi"\t0\n'
-    refused(
-        ["row 0", "header has 2 fields, and this row 1"], lambda: read_source(tsv(tmp_path, text))
-    )
+def test_texts_of_several_lines_in_one_column(tmp_path: Path) -> None:
+    source = read_source(tsv(tmp_path, 'text\n"a\nb"\nc\n'), writes=False)
+    assert source.column("text") == ["a\nb", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ('text\tlabel\n"good"\t"pos"\n"bad"\t"neg"\na 5" disk\t"neg"\n', 2),
+        ('"text"\t"label"\nhe said \\"no\\"\t1\nfine\t0\n', 0),
+        ('text\tlabel\n"a\tb"\t1\n"c"\t0\n"d\t1\n', 2),
+    ],
+    ids=["a stray quote", "escaped otherwise", "never closed"],
+)
+def test_a_quoted_tsv_file_with_a_flaw_is_refused_with_its_row(
+    text: str, row: int, tmp_path: Path
+) -> None:
+    words = [f"a.tsv, row {row} (counting from 0)", "other fields are quoted whole"]
+    refused(words, lambda: read_source(tsv(tmp_path, text)))
 
 
 # --- rows of unequal length ---------------------------------------------------------------------

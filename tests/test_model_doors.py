@@ -156,6 +156,81 @@ def test_all_classes_of_a_model_count_where_the_data_have_fewer() -> None:
     torch.testing.assert_close(found.by_parameter["0.weight"].double(), want, rtol=1e-4, atol=1e-10)
 
 
+class Rooted(nn.Module):
+    """The outermost module has a parameter of its own, and ends after its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.body, self.head = nn.Parameter(torch.ones(8)), *toy_net()[::2]
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self.head(self.body(input).tanh() + self.token)
+        return found
+
+
+class Aside(Rooted):
+    """Something else is computed behind the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(8, 1)
+
+    def forward(self, input: Tensor) -> Any:
+        hidden = self.body(input).tanh()
+        return self.head(hidden), self.aside(hidden)
+
+
+class Cosine(Rooted):
+    """The head's weight is read by a function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.body(input), self.head.weight)
+
+
+@pytest.mark.parametrize("model", [Rooted, Aside, Cosine])
+def test_the_head_is_the_layer_that_gives_the_logits(model: type[Rooted]) -> None:
+    candidates = set(fisher_scores(model(), toy_rows()).by_parameter)
+    assert {"token", "body.weight", "body.bias"} <= candidates
+    assert not {"head.weight", "head.bias"} & candidates
+
+
+def test_a_scripted_model_has_a_head_as_before() -> None:
+    scripted = torch.jit.script(toy_net())
+    found = fisher_scores(scripted, toy_rows(), method="loop")
+    want = fisher_scores(toy_net(), toy_rows())
+    assert found.by_parameter.keys() == want.by_parameter.keys()
+    torch.testing.assert_close(found.by_sample, want.by_sample, rtol=1e-5, atol=0.0)
+
+
+class Counting(nn.Module):
+    """It writes down how often it was called: in place, and by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toy_net()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("again", torch.zeros(1).expand(3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        self.again = self.again + 1
+        found: Tensor = self.net(input)
+        return found
+
+
+def test_a_look_leaves_no_trace() -> None:
+    model = Counting()
+    before = {name: buffer for name, buffer in model.named_buffers()}
+    look(model, {"input": torch.randn(1, 4)})
+    assert all(model.get_buffer(name) is buffer for name, buffer in before.items())
+    assert model.calls == 0 and not model.again.any()
+
+
+def test_a_model_without_parameters_is_refused_in_words() -> None:
+    with pytest.raises(ModelError, match="No parameter is left"):
+        fisher_scores(nn.Flatten(), [(torch.randn(2), i % 2) for i in range(8)])
+
+
 class Wrapper(PreTrainedModel):
     """A whole classifier inside the base."""
 

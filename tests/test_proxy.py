@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from ird_search.candidate import LOWEST_RATE, Attempt, Candidate, ProxyScore, Trial
+from ird_search.candidate import (
+    LOWEST_RATE,
+    Attempt,
+    Candidate,
+    Probe,
+    ProxyScore,
+    Trial,
+    rate_at,
+    rates_around,
+)
 from ird_search.errors import NoProxySucceeded
 from ird_search.ledger import Ledger
 from ird_search.proxy import Proxies
@@ -100,6 +109,10 @@ def test_when_all_diverge_the_score_is_infinite() -> None:
 def test_no_rate_is_tried_at_which_nothing_is_trained() -> None:
     rates, found = probe(lambda rate: rate, start=1e-5)
     assert rates[-1] == LOWEST_RATE == min(rates) and found.best.rate == LOWEST_RATE
+    assert rates_around(LOWEST_RATE) == [LOWEST_RATE, rate_at(LOWEST_RATE, 1)]
+    assert Probe.around(Candidate("ird", toy_proxies().head_only().mask, start=1e-9)).wanted() == [
+        LOWEST_RATE
+    ]
     rates, found = probe(lambda rate: None, start=3e-6)
     assert min(rates) == LOWEST_RATE and not found.best.ok
 

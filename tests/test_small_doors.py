@@ -163,7 +163,8 @@ def test_commands_tell_where_an_unfinished_run_stands(tmp_path: Path) -> None:
     run = tmp_path / "c 6"
     run.mkdir()
     (run / "config.yaml").write_text("model: tiny\ndata: rows.csv\n")
-    told = f"The run in {run} is unfinished: 0 finished units, 0 rounds, and no mask yet. "
+    (run / "run.json").write_text("{}")
+    told = f"The run in {run} is unfinished: 0 finished units, 0 rounds, and no mask. "
     whole = f"{told}Go on with: ird-search resume '{run}'"
     export = ["export", run, "--to", "bool", "-o", tmp_path / "x"]
     for words in (["rows", run], ["inspect", run], ["verify", run], ["compare", run, run], export):
@@ -172,7 +173,11 @@ def test_commands_tell_where_an_unfinished_run_stands(tmp_path: Path) -> None:
     assert f"{told}Run the program that began it again" in said(2, "merge", run, run, "-o", "x")
     with RunDirectory(run).held():
         assert "is being written by process" in (text := said(2, "rows", run))
-        assert text.endswith("no mask yet. Wait for it.\n")
+        assert text.endswith("no mask. Wait for it.\n")
+    (run / "samples.jsonl").write_text("")  # a run whose mask was moved away has them still
+    assert "is unfinished" not in said(0, "rows", run)
+    (run / "run.json").unlink()  # somebody else's config.yaml
+    assert "no such file" in said(5, "inspect", run)
     assert "no such file" in said(5, "inspect", tmp_path)
 
 

@@ -4,9 +4,10 @@ Nothing is guessed away: a text that reads "NA" stays text, and a row with a fie
 quote that is never closed or a byte that is no UTF-8 is told by its number.
 
 A tsv file comes in two kinds. One from a csv writer (`pandas.to_csv(sep="\t")`) has its quotes
-around whole fields, and doubled within; these are taken off. Where any quote of a file stands
+around whole fields, and doubled within; these are taken off. Where quotes of a file stand
 otherwise, as in GLUE's files, which know no quoting, all its quotes are text, and a line is a row.
-A file that reads well both ways, though with other rows, is refused.
+A file that reads well both ways, though with other rows, is refused, and so is one of the first
+kind with a flaw.
 """
 
 from __future__ import annotations
@@ -160,10 +161,15 @@ def _is_quoted(path: Path) -> bool:
         DataError: it could be either, and a quoted field would swallow whole rows.
     """
     text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="replace")
-    if '"' in QUOTED.sub("", text):
+    if '"' not in text:
+        return True
+    rest, quoted = QUOTED.subn("", text)
+    if '"' in rest:
+        _refuse_flawed(path, text, quoted)
         return False
     joined = next((f for f in QUOTED.finditer(text) if re.search(r"[\t\r\n]", f[0])), None)
-    if joined and len({line.count("\t") for line in LINE_BREAK.split(text) if line}) == 1:
+    tabs = {line.count("\t") for line in LINE_BREAK.split(text) if line}
+    if joined and len(tabs) == 1 and tabs != {0}:
         row = len(LINE_BREAK.findall(text[: joined.start()])) - 1  # the header is a line, too
         raise DataError(
             f"{path}, row {max(0, row)} (counting from 0): a quote that begins a field may be "
@@ -171,6 +177,23 @@ def _is_quoted(path: Path) -> bool:
             f"{told(joined[0])}. Save the file as csv, jsonl or parquet."
         )
     return True
+
+
+def _refuse_flawed(path: Path, text: str, quoted: int) -> None:
+    """Refuse a quote within a field where a csv writer plainly wrote the others.
+
+    It did, where the header is quoted, or there are at least half as many quoted fields as lines.
+    """
+    lines = text.splitlines()
+    if '"' not in lines[0] and 2 * quoted < len(lines):
+        return
+    odd = (i for i, line in enumerate(lines) if '"' in QUOTED.sub("", line))
+    row = next(odd, 1) - 1
+    raise DataError(
+        f"{path}, row {max(0, row)} (counting from 0): a quote stands within a field, or is never "
+        f"closed, where other fields are quoted whole: {told(lines[row + 1])}. A quote within a "
+        "quoted field is written twice. Save the file as csv, jsonl or parquet."
+    )
 
 
 def _read_whole(path: Path, parse: ParseOptions) -> pa.Table:

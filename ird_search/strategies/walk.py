@@ -49,7 +49,7 @@ class Walk:
         sizes, pair = state.ranges, state.pair
         if not state.rounds and "criterion" in self.vary and (found := self._criteria(sizes)):
             return found
-        if pair is None or not any(r.moved_to.move in MOVES for r in state.rounds):
+        if pair is None or (len(state.rounds) == 1 and state.rounds[0].moved_to.move not in MOVES):
             reading = self.base if pair is None else pair.reading
             pair = Pair(torch.arange(sizes.rows[0]), reading=reading)
         if pair.step < sizes.target:

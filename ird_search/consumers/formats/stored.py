@@ -125,7 +125,8 @@ def read_bool_mask(
         )
     with _about(path):
         mask, whole = from_tensors(tensors, model, trains=1 if note == "1" else 0, dense=dense)
-    noted = (name for name in _noted_head(notes) if name not in tensors)
+    known = None if model is None else {name for name, _ in model.named_parameters()}
+    noted = (n for n in _noted_head(notes) if n not in tensors and (known is None or n in known))
     return mask, tuple(dict.fromkeys((*whole, *noted)))
 
 
