@@ -18,13 +18,14 @@ from ird_search.devices import resolve_device
 from ird_search.entries import check_mask
 from ird_search.environment import environment
 from ird_search.errors import ModelError, UsageError
+from ird_search.fit import check_fit
 from ird_search.freeze import refuse_masked
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
 from ird_search.mismatch import mismatch
 from ird_search.opening import open_fisher
 from ird_search.parameters import ParameterSpace
-from ird_search.problem import Problem, check_fit, make_problem, open_samples, parameters_of
+from ird_search.problem import Problem, head_and_candidates, make_problem, open_samples
 from ird_search.progress import Progress
 from ird_search.result import SearchResult
 from ird_search.run import Run, help_out
@@ -197,7 +198,7 @@ def fisher_scores(
         device = resolve_device(config.device)
         with _as_it_came(loaded.model), borrowed(loaded.model.to(device)) as there:
             seen = check_fit(there, task, samples, source, device)
-            space = mask.space if mask is not None else parameters_of(there, config, seen)[1]
+            space = mask.space if mask is not None else head_and_candidates(there, config, seen)[1]
             once = config.replace(cache_mb=0)  # one pass: nothing is read again
             fisher = open_fisher(there.eval(), task, space, samples, once, device)
             found = fisher.marginals(within=None if mask is None else mask.coords)

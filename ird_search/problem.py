@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ird_search.artifact import weights_sha256
 from ird_search.artifact.matching import weight_lines
@@ -34,13 +34,11 @@ from ird_search.data.sources import (
 from ird_search.devices import resolve_device
 from ird_search.errors import (
     DataError,
-    IRDError,
-    ModelError,
     UsageError,
-    first_line,
     out_of_memory,
 )
 from ird_search.fisher import label_problems
+from ird_search.fit import REFUSALS, Look, check_fit, look
 from ird_search.models import (
     LoadedModel,
     check_kinds,
@@ -52,15 +50,12 @@ from ird_search.parameters import ParameterSpace, candidate_space, head_paramete
 from ird_search.samples import SampleSet
 from ird_search.seeds import derive
 from ird_search.selection import random_subset
-from ird_search.task import CausalLM, Classification, Task, make_task
+from ird_search.task import Classification, Task, make_task
 from ird_search.traits import (
-    Look,
     decoder_of,
     infer_task,
     label_names_of,
     limits_of,
-    look,
-    looks_ahead,
     num_labels_of,
     segments_of,
 )
@@ -164,10 +159,6 @@ def _told(config: Any) -> str:
 def _plain(value: Any) -> Any:
     """Sets come in another order in each process."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
-
-
-REFUSALS = (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)
-"""What a model raises of a sample that it cannot take."""
 
 
 def open_samples(
@@ -296,7 +287,8 @@ def make_problem(
     shared = _shared_rows(samples, held)
     device = resolve_device(config.device)
     model = loaded.model.to(device)
-    head, space = parameters_of(model, config, check_fit(model, task, samples, source, device))
+    seen = check_fit(model, task, samples, source, device)
+    head, space = head_and_candidates(model, config, seen)
     _check_settings(task, space, samples, config)
     return Problem(
         model=model,
@@ -400,53 +392,7 @@ def _check_settings(
         raise UsageError(problems)
 
 
-def check_fit(
-    model: nn.Module, task: Task, samples: SampleSet, source: Source, device: torch.device
-) -> Look:
-    """One sample through the model, so that what does not fit is told before any work.
-
-    Raises:
-        DataError: the model raises, or knows fewer classes than the labels.
-        ModelError: it gives probabilities for logits, or is no causal model and to be one.
-    """
-    batch = samples.batch([0], device)
-    row = f"{source.origin}, row {int(samples.ids[0])} (counting from 0)"
-    try:
-        seen = look(model, batch.inputs)
-        task.log_likelihood(seen.logits, batch.labels)
-        ahead = isinstance(task, CausalLM) and looks_ahead(model, batch.inputs)
-    except REFUSALS as error:
-        if isinstance(error, IRDError) or out_of_memory(error):
-            raise
-        raise DataError(f"{row}: the model cannot take this sample: {first_line(error)}") from error
-    if isinstance(task, Classification):
-        _check_logits(seen.logits, task, source)
-    if ahead:
-        raise ModelError(
-            f"{type(unwrapped(model)).__name__} is no causal language model: its answer at a "
-            "position depends on later tokens, so it would see what it is to predict. Pass a "
-            "causal model; or, to learn classes, name the column with label_column "
-            "(--label-column)."
-        )
-    return seen
-
-
-def _check_logits(logits: Tensor, task: Classification, source: Source) -> None:
-    """As many as classes, and no probabilities: their softmax is another distribution."""
-    if logits.shape[-1] < task.num_labels:
-        raise DataError(
-            f"The labels of {source.origin} are {task.num_labels} classes, and the model has "
-            f"{logits.shape[-1]} logits."
-        )
-    total = logits.double().sum(-1)
-    if bool((logits >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-6):
-        raise ModelError(
-            "The model gives probabilities (none is negative, they sum to 1); logits are accepted, "
-            "of which log softmax is taken. Leave out its softmax."
-        )
-
-
-def parameters_of(
+def head_and_candidates(
     model: nn.Module, config: SearchConfig, seen: Look
 ) -> tuple[tuple[str, ...], ParameterSpace]:
     """The head, and the candidates beside it."""

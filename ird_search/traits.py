@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ird_search.borrow import borrowed, buffers_kept, unwrapped
+from ird_search.borrow import unwrapped
 from ird_search.data.sources import Source
 from ird_search.data.targets import Decoder, shifted_right
 from ird_search.errors import ModelError
-from ird_search.task import IGNORED, Inputs, logits_of
+from ird_search.task import IGNORED
 
 OTHER_PURPOSES_TOLD = {
     "TokenClassification": "labels of single tokens",
@@ -73,81 +72,6 @@ def num_labels_of(model: nn.Module) -> int | None:
     """Classes that a transformers model tells apart, by its config; `None` for another module."""
     found = getattr(getattr(unwrapped(model), "config", None), "num_labels", None)
     return None if found is None else int(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Look:
-    """What a model does with a few samples.
-
-    Args:
-        logits: its answer.
-        last: the layer that gave it, as far as can be seen; `None` where that cannot.
-    """
-
-    logits: Tensor
-    last: str | None
-
-
-def look(model: nn.Module, inputs: Inputs) -> Look:
-    """Run a model once, in evaluation mode and without gradients; it is handed back as it was."""
-    widths: dict[str, int] = {}
-
-    def noted(name: str, output: Any) -> None:
-        widths.pop(name, None)  # the last call counts
-        widths[name] = output.shape[-1] if isinstance(output, Tensor) and output.ndim else 0
-
-    own = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(False))}
-    hooks = [
-        m.register_forward_hook(lambda m, x, y, n=n: noted(n, y))
-        for n, m in own.items()
-        if not isinstance(m, torch.jit.ScriptModule)  # which take no hooks
-    ]
-    try:
-        with borrowed(model), buffers_kept(model), torch.no_grad():
-            logits = logits_of(model.eval(), inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Look(logits, _last_layer(list(own), widths, logits))
-
-
-def _last_layer(owners: list[str], widths: Mapping[str, int], logits: Tensor) -> str | None:
-    """Of the layers that were called, the last one whose answer is as wide as the logits.
-
-    One that holds others ends after them, and is none itself. Where the layer that was made last is
-    called by no one, its weight is read by a function, and nothing is known.
-    """
-    if not widths or owners[-1] not in widths:
-        return None
-    leaves = [n for n in widths if not any(c != n and _within(c, n) for c in widths)]
-    wide = [n for n in leaves if logits.ndim and widths[n] == logits.shape[-1]]
-    return (wide or leaves)[-1]
-
-
-def _within(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def looks_ahead(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the answer at a position depends on a later token, as no causal model's does.
-
-    The last token of the first sample is changed; by more than rounding, nothing before it may.
-    """
-    tokens = inputs["input_ids"][:1]
-    here = {name: t[:1] for name, t in inputs.items()}
-    mask = here.get("attention_mask", torch.ones_like(tokens))
-    ends = mask.nonzero()[:, 1] if mask.shape == tokens.shape else torch.arange(tokens.shape[1])
-    last = int(ends.max())
-    other = tokens.clone()
-    other[0, last] = tokens[0, last] - 1 if int(tokens[0, last]) else 1
-    before, after = (
-        look(model, {**here, "input_ids": t}).logits[:, :last] for t in (tokens, other)
-    )
-    if not before.numel():
-        return False
-    coarse = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    allowed = max(coarse, torch.finfo(before.dtype).eps) ** 0.5 * float(before.abs().max())
-    return float((before - after).abs().max()) > allowed
 
 
 def label_names_of(model: nn.Module) -> tuple[str, ...] | None:

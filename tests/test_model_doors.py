@@ -22,9 +22,9 @@ from transformers import (
 
 from ird_search import SearchConfig, apply_mask, fisher_scores, search_mask
 from ird_search.errors import DataError, IRDError, ModelError, UsageError
+from ird_search.fit import look
 from ird_search.mask import SparseMask
 from ird_search.parameters import ParameterSpace, head_parameters
-from ird_search.traits import look
 from tests.tiny import tiny_gpt2
 from tests.toy import QUICK, bits, same_bits, toy_net, toy_rows
 
