@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,18 +125,16 @@ class Budgets:
         chosen = []
         parts = zip(self.groups, self.sizes, self.shares(skip), self.shares(k), strict=True)
         for (_, names), size, skipped, share in parts:
-            tensors = list(self._places(names, is_open))
-            places = torch.cat([*tensors, torch.empty(0, dtype=torch.int64)])
-            own = scores[places]
-            if not bounded:
-                chosen.append(places[ranks(own, skipped, share)])
-                continue
-            shares = [self._numel(name) / max(1, size) for name in names]
-            ends = [sum(t.numel() for t in tensors[: i + 1]) for i in range(len(tensors))]
-            spans = [slice(e - t.numel(), e) for e, t in zip(ends, tensors, strict=True)]
-            if skipped:
-                own[_bounded(own, spans, shares, skipped, floor, ceiling)] = 0
-            chosen.append(places[_bounded(own, spans, shares, share, floor, ceiling)])
+            spans = self._spans(names, is_open)
+            own = torch.cat([scores[span] for span in spans])
+            if bounded:
+                shares = [self._numel(name) / max(1, size) for name in names]
+                tensors = own.split([span.stop - span.start for span in spans])
+                _take(own, tensors, shares, skipped, floor, ceiling)
+                found = _take(own, tensors, shares, share, floor, ceiling)
+            else:
+                found = ranks(own, skipped, share)
+            chosen.append(_back(found, spans))
         return torch.cat(chosen).sort().values
 
     def _numel(self, name: str) -> int:
@@ -146,23 +144,22 @@ class Budgets:
     def counts(self, coords: Tensor) -> dict[str, int]:
         """How many of some sorted coordinates lie in each group."""
         return {
-            label: sum(p.numel() for p in self._places(names, coords))
+            label: sum(span.stop - span.start for span in self._spans(names, coords))
             for label, names in self.groups
         }
 
-    def _places(self, names: Sequence[str], is_open: Tensor | None) -> Iterator[Tensor]:
-        """Where some tensors' columns lie among the open ones."""
-        for name in names:
-            span = self.space.span(name)
-            start, stop = span.start, span.stop
-            if is_open is not None:
-                start, stop = torch.searchsorted(is_open, torch.tensor([start, stop])).tolist()
-            yield torch.arange(start, stop)
+    def _spans(self, names: Sequence[str], is_open: Tensor | None) -> list[slice]:
+        """Where each tensor's columns lie among the open ones."""
+        spans = [self.space.span(name) for name in names]
+        if is_open is None:
+            return spans
+        ends = torch.tensor([[span.start, span.stop] for span in spans])
+        return [slice(*both) for both in torch.searchsorted(is_open, ends).tolist()]
 
 
-def _bounded(
+def _take(
     scores: Tensor,
-    spans: Sequence[slice],
+    tensors: Sequence[Tensor],
     shares: Sequence[float],
     k: int,
     floor: float,
@@ -171,20 +168,37 @@ def _bounded(
     """The k best positions with ⌊floor · k · share⌋ … ⌈ceiling · k · share⌉ in each tensor.
 
     First each tensor's floor, then by one ranking what the ceilings leave, then by one ranking
-    whatever is left.
+    whatever is left. What is taken has a score of 0 afterwards.
+
+    Args:
+        scores: of a group, written to.
+        tensors: each tensor's part of them, views in their order.
     """
-    taken = torch.zeros(scores.numel(), dtype=torch.bool)
     within = torch.zeros(scores.numel(), dtype=torch.bool)
-    for span, share in zip(spans, shares, strict=True):
-        own = scores[span]
+    taken: list[Tensor] = []
+
+    def take(found: Tensor) -> None:
+        scores[found] = 0
+        taken.append(found)
+
+    start = 0
+    for own, share in zip(tensors, shares, strict=True):
         least = min(own.numel(), math.floor(floor * k * share))
         most = own.numel() if ceiling is None else min(own.numel(), _ceil(ceiling * k * share))
-        taken[span.start + top_positive(own, least)] = True
-        within[span.start + top_positive(own, most)] = True
-    for allowed in (within, torch.ones_like(within)):
-        free = torch.where(allowed & ~taken, scores, torch.zeros_like(scores))
-        taken[top_positive(free, k - int(taken.sum()))] = True
-    return taken.nonzero().flatten()
+        within[start + top_positive(own, most)] = True
+        take(start + top_positive(own, least))
+        start += own.numel()
+    for free in (scores.where(within, 0.0), scores):
+        take(top_positive(free, k - sum(t.numel() for t in taken)))
+    return torch.cat(taken)
+
+
+def _back(positions: Tensor, spans: Sequence[slice]) -> Tensor:
+    """Positions within spans that are laid end to end, as positions in what they are spans of."""
+    starts = torch.tensor([span.start for span in spans])
+    ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0)
+    which = torch.searchsorted(ends, positions, right=True)
+    return positions - torch.cat([ends.new_zeros(1), ends])[which] + starts[which]
 
 
 def _ceil(x: float) -> int:

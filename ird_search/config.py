@@ -196,7 +196,9 @@ class SearchConfig:
         "padded tokens in one batch of the Fisher pass; by default 512 (16384 on a GPU)",
         low=1,
     )
-    cache_mb: int = setting(2048, "memory for kept factors and kept Fisher entries, MB", low=0)
+    cache_mb: int = setting(
+        2048, "memory for kept factors, gradients and moments of all columns, MB each", low=0
+    )
     workers: int = setting(1, "processes that share the fine-tunes of a search", low=1, high=256)
     strict: bool = setting(
         False,

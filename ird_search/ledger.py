@@ -37,7 +37,7 @@ LEASE = 60.0
 """Seconds after which a unit that another process claims, but does not finish, is done here too."""
 
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised with every change after which the same inputs give another outcome, so that a run which
 an earlier version began takes nothing from it that this one would not find itself."""
 

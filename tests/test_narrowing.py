@@ -23,7 +23,7 @@ from ird_search.samples import Batch, SampleSet
 from ird_search.selector import Selector
 from ird_search.strategies.walk import MOVES
 from tests.cases import Problem, named, problem, vectors
-from tests.test_fisher import HUGE, bytes_of_all_factors
+from tests.matrices import HUGE, bytes_of_all_factors
 from tests.toy import toy_net
 
 SIZES = Ranges((6, 4, 3, 2), (1000, 300, 80, 20))

@@ -21,7 +21,8 @@ from ird_search.fisher.engine import Contribution, Elsewhere, Engine, Joined
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.labels import LabelRule, label_problems
 from ird_search.fisher.loop import Loop
-from ird_search.fisher.matrix import FisherMatrix, Marginals, Moments
+from ird_search.fisher.matrix import FisherMatrix, Marginals
+from ird_search.fisher.moments import Moments
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.rules import register_rule
 from ird_search.fisher.taps import Taps

@@ -22,6 +22,11 @@ class Columns:
     index: Tensor
     numel: int
 
+    @classmethod
+    def none(cls, numel: int, device: torch.device | str = "cpu") -> Columns:
+        """No entry of a tensor."""
+        return cls(torch.empty(0, dtype=torch.int64, device=device), numel)
+
     @property
     def count(self) -> int:
         """k."""

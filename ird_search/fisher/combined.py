@@ -96,6 +96,9 @@ class Terms(SampleGradients):
     def entries(self, columns: Columns) -> Tensor:
         return self._root(term.entries(columns) for term in self.terms)
 
+    def sampled(self, columns: Columns) -> bool:
+        return all(term.sampled(columns) for term in self.terms)
+
     @staticmethod
     def _root(found: Iterator[Tensor]) -> Tensor:
         total = next(found).square()

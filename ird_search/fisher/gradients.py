@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ird_search.fisher.columns import Columns, row_dots
 from ird_search.fisher.fused import fused_for
@@ -28,7 +29,8 @@ CHUNK_BYTES = 64 * 2**20
 """On an accelerator, dense gradients are formed for as many samples at once as fit in this."""
 
 SAMPLED = 1 / 8
-"""Below this density, single entries are cheaper than the whole product (measured on a CPU)."""
+"""Below this density, single entries are cheaper than the whole product; on a CPU, see
+`benchmarks/bench_columns.py`."""
 
 
 class SampleGradients(ABC):
@@ -66,6 +68,10 @@ class SampleGradients(ABC):
         for b in range(self.batch):
             yield slice(b, b + 1), self.select(slice(b, b + 1)).dense()
 
+    def sampled(self, columns: Columns) -> bool:
+        """Whether the chosen entries by themselves are cheaper than all."""
+        return columns.count < SAMPLED * columns.numel
+
     def parts(self, columns: int) -> Iterator[tuple[slice, SampleGradients]]:
         """The samples in parts whose entries at so many columns fit in `CHUNK_BYTES`."""
         step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
@@ -95,9 +101,25 @@ class SampleGradients(ABC):
                 scores[part] = within.sum_squares(flat)
         return scores
 
+    def add_some(self, columns: Columns, squares: Tensor, means: Tensor | None = None) -> None:
+        """Add Σ_b G[b]² at the chosen entries to `squares` [k], and Σ_b G[b] to `means`."""
+        if self.sampled(columns):
+            for _, part in self.parts(columns.count):
+                found = part.entries(columns)
+                squares += found.square().sum(0)
+                if means is not None:
+                    means += found.sum(0)
+            return
+        sums = torch.zeros(self.numel, device=squares.device)
+        signed = None if means is None else torch.zeros_like(sums)
+        self.add_squares(sums, Columns.none(self.numel, sums.device), means=signed)
+        squares += columns.take(sums)
+        if means is not None and signed is not None:
+            means += columns.take(signed)
+
     def square_norms(self, within: Columns | None = None) -> Tensor:
         """Σ_{j ∈ within} G[b, j]², over all entries where `within` is None: [B]."""
-        if within is not None and within.count < SAMPLED * within.numel:
+        if within is not None and self.sampled(within):
             found = [g.entries(within).square().sum(1) for _, g in self.parts(within.count)]
         elif within is not None:
             found = [within.sum_squares(flat) for _, flat in self.formed()]
@@ -188,7 +210,7 @@ class Outer(SampleGradients):
             left, right = self.left[:, 0].float(), self.right[:, 0].float()
             return left.index_select(1, rows) * right.index_select(1, cols)
         out = torch.empty(self.batch, columns.count, device=self.left.device)
-        if columns.count < SAMPLED * columns.numel:
+        if self.sampled(columns):
             self._sample(columns, out)
         else:
             for part, flat in self.formed():
@@ -198,8 +220,10 @@ class Outer(SampleGradients):
     def _sample(self, columns: Columns, out: Tensor) -> None:
         """Only the entries' own scalar products: a sampled dense-dense product."""
         pattern = columns.pattern(self._size[1])
-        left, right = self.left.float().mT, self.right.float()
-        for one, a, b in zip(out, left, right, strict=True):
+        # torch takes what is left over of eights one by one, at ten times the cost.
+        more = -self.left.shape[1] % 8
+        left, right = (pad(x.float(), (0, 0, 0, more)) for x in (self.left, self.right))
+        for one, a, b in zip(out, left.mT, right, strict=True):
             one.copy_(torch.sparse.sampled_addmm(pattern, a, b, beta=0.0).values())
 
     def add_squares(
@@ -223,7 +247,7 @@ class Outer(SampleGradients):
             left, right = self.left.float(), self.right.float()
             inner = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
             return inner.sum((1, 2)).clamp_(min=0)
-        sampled = within is not None and within.count < SAMPLED * within.numel
+        sampled = within is not None and self.sampled(within)
         found = None if sampled else self._fused(within)
         return super().square_norms(within) if found is None else found
 

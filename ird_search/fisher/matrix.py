@@ -18,8 +18,8 @@ and, where a column's sign counts, through the mean gradient beside it, from the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from ird_search.devices import untouched_zeros
 from ird_search.errors import UsageError
 from ird_search.fisher.columns import Columns
 from ird_search.fisher.engine import Engine
-from ird_search.fisher.gradients import SAMPLED
 from ird_search.fisher.labels import LabelRule
+from ird_search.fisher.moments import Kept, Moments, Whole
 from ird_search.fisher.passes import Gradients, Passes
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.tile import Tile
@@ -54,19 +54,6 @@ class Marginals:
     columns: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """The mean square of some columns' gradients, and their mean.
-
-    Args:
-        square: c_j(S), float32 [k].
-        mean: m_j(S), float32 [k]; None where it was not asked for.
-    """
-
-    square: Tensor
-    mean: Tensor | None = None
-
-
 class FisherMatrix:
     """The samples × parameters matrix of one model on one sample set.
 
@@ -75,7 +62,8 @@ class FisherMatrix:
         samples: the N rows.
         space: the P columns.
         tokens: padded tokens in one batch; on a CPU few are as fast as many, and need less memory.
-        cache_bytes: memory for kept factors, and as much again for a tile.
+        cache_bytes: memory for kept factors, as much again for a tile, and for moments of all
+            columns.
         excluded_share: more samples than this without a finite gradient raise a `DataError`.
         device: where batches go.
         fallback: the path for one sample at a time, where memory suffices for no more.
@@ -107,6 +95,7 @@ class FisherMatrix:
             self.device,
             tokens=tokens,
             cache_bytes=cache_bytes,
+            moments=Kept(cache_bytes // (4 * max(1, space.numel))),
             excluded_share=excluded_share,
             fallback=fallback,
             record=self.record,
@@ -219,15 +208,12 @@ class FisherMatrix:
         """
         self._require_signed(mean)
         if columns is None:
-            nothing = torch.empty(0, dtype=torch.int64)
-            _, squares, means = self._both(rows, nothing, mean=mean)
-        elif (tile := self._restricted(rows, columns)) is not None:
+            return self._whole(rows, mean=mean)
+        if (tile := self._restricted(rows, columns)) is not None:
             squares, means = tile.column_sums(rows, columns, mean=mean)
         else:
             squares, means = self._some(rows, columns, mean=mean)
-        count = self._finite(rows)
-        average = None if means is None else means.div_(count).cpu()
-        return Moments(squares.div_(count).cpu(), average)
+        return self._moments(rows, squares, means)
 
     def fitting(self, rows: int) -> int:
         """How many columns of so many rows can be held as a tile, and a few where none can."""
@@ -266,8 +252,34 @@ class FisherMatrix:
         for b, drawn in enumerate(counts[:, finite].sum(1).clamp(min=1).tolist()):
             yield Moments(squares[b] / drawn, None if means is None else means[b] / drawn)
 
+    def _moments(self, rows: Tensor, squares: Tensor, means: Tensor | None) -> Moments:
+        """Sums over some rows as means; they are written to."""
+        count = self._finite(rows)
+        average = None if means is None else means.div_(count).cpu()
+        return Moments(squares.div_(count).cpu(), average)
+
+    def _whole(self, rows: Tensor, *, mean: bool) -> Moments:
+        """The moments of all columns, which the next reading of these rows asks for again."""
+        over = self._passes
+        known = over.moments.of(rows)
+        if known is None:
+            known = Whole(rows.clone(), tuple(over.plan(rows)), mean)
+        if known.values is None or (mean and not known.mean):
+            nothing, mean_too = torch.empty(0, dtype=torch.int64), mean or known.mean
+            _, squares, means = self._both(rows, nothing, mean=mean_too, plan=known.plan)
+            values = self._moments(rows, squares, means)
+            known = replace(known, mean=mean_too, values=values)
+        over.moments.put(known)
+        assert known.values is not None
+        return known.values if mean else replace(known.values, mean=None)
+
     def _both(
-        self, rows: Tensor, within: Tensor | None, *, mean: bool
+        self,
+        rows: Tensor,
+        within: Tensor | None,
+        *,
+        mean: bool,
+        plan: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sums over a mask's columns for each sample, and over the rows for all columns."""
         squares = untouched_zeros(self.space.numel, self.device)
@@ -284,47 +296,29 @@ class FisherMatrix:
                 parts.append(gradients.add_squares(flat[name], mask, means=signed.get(name)))
             scores[chosen] += torch.stack(parts).cpu().sum(0, dtype=torch.float64)
 
-        sums = {"columns": squares, "rows": scores}
-        if means is None:
-            self._passes.run("marginals", rows, within, sums, add)
-        else:
-            self._passes.run("marginals and means", rows, within, {**sums, "means": means}, add)
+        sums, name = {"columns": squares, "rows": scores}, "marginals"
+        if means is not None:
+            sums, name = {**sums, "means": means}, "marginals and means"
+        self._passes.run(name, rows, within, sums, add, plan=plan)
         if self._passes.silent is None:
             silent = (name for name in self.space.names if not bool(flat[name].any()))
             self._passes.silent = tuple(silent)
         return scores, squares, means
 
     def _some(self, rows: Tensor, columns: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | None]:
-        """Sums over the rows for some columns: whole tensors where these hold many of them."""
+        """Sums over the rows for some columns."""
         masks = self._columns(columns) or {}
-        whole = {n for n, m in masks.items() if m.count >= SAMPLED * m.numel}
-        squares = {
-            n: torch.zeros(
-                m.numel if n in whole else m.count, dtype=torch.float32, device=self.device
-            )
-            for n, m in masks.items()
-        }
+        squares = {n: torch.zeros(m.count, device=self.device) for n, m in masks.items()}
         means = {n: torch.zeros_like(t) for n, t in squares.items()} if mean else {}
 
         def add(chosen: Tensor, tensors: Gradients) -> None:
             for name, mask in masks.items():
-                gradients, signed = tensors[name], means.get(name)
-                if name in whole:
-                    gradients.add_squares(squares[name], self._nothing(name), means=signed)
-                    continue
-                for _, part in gradients.parts(mask.count):
-                    found = part.entries(mask)
-                    squares[name] += found.square().sum(0)
-                    if signed is not None:
-                        signed += found.sum(0)
-
-        def joined(sums: dict[str, Tensor]) -> Tensor:
-            return torch.cat([m.take(sums[n]) if n in whole else sums[n] for n, m in masks.items()])
+                tensors[name].add_some(mask, squares[name], means.get(name))
 
         name = "column moments" if mean else "column scores"
         sums = squares | {f"mean of {n}": t for n, t in means.items()}
         self._passes.run(name, rows, columns, sums, add)
-        return joined(squares), joined(means) if mean else None
+        return torch.cat([*squares.values()]), torch.cat([*means.values()]) if mean else None
 
     def _columns(self, coords: Tensor | None) -> dict[str, Columns] | None:
         """A set of coordinates as a choice of entries for each tensor that it touches."""
@@ -345,8 +339,7 @@ class FisherMatrix:
 
     def _nothing(self, name: str) -> Columns:
         """No entry of a tensor."""
-        empty = torch.empty(0, dtype=torch.int64, device=self.device)
-        return Columns(empty, self._numel(name))
+        return Columns.none(self._numel(name), self.device)
 
     def _restricted(self, rows: Tensor, columns: Tensor) -> Tile | None:
         """A tile that holds these rows and columns where it fits into memory, else None."""

@@ -9,7 +9,8 @@ then goes on by the loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ird_search.errors import ResourceError, out_of_memory
 from ird_search.fisher.engine import Contribution, Engine, joined_paths
 from ird_search.fisher.gradients import SampleGradients
 from ird_search.fisher.labels import LabelRule
+from ird_search.fisher.moments import Kept
 from ird_search.fisher.record import Memory, PassRecord
 from ird_search.fisher.tile import Tile
 from ird_search.samples import SampleSet, require_few
@@ -43,6 +45,7 @@ class Passes:
         device: where batches go.
         tokens: padded tokens in one batch.
         cache_bytes: memory for kept factors.
+        moments: those of all columns, for the next question.
         excluded_share: more samples than this without a finite gradient raise a `DataError`.
         fallback: the path for one sample at a time, where memory suffices for no more.
         record: where long passes write down their sums.
@@ -57,6 +60,7 @@ class Passes:
         *,
         tokens: int,
         cache_bytes: int,
+        moments: Kept,
         excluded_share: float,
         fallback: Engine | None,
         record: PassRecord,
@@ -64,7 +68,7 @@ class Passes:
     ) -> None:
         self.samples, self.device, self.record, self.labels = samples, device, record, labels
         self.tokens, self.cache_bytes, self.excluded_share = tokens, cache_bytes, excluded_share
-        self.engine, self.fallback = engine, fallback
+        self.engine, self.fallback, self.moments = engine, fallback, moments
         self.before: Engine | None = None
         """The path that some gradients were computed by, before the fallback took its place."""
         self.count = 0.0
@@ -93,7 +97,8 @@ class Passes:
         tile = None if self.tile is None else (self.tile.rows, self.tile.columns)
         excluded = tuple(sorted(self.excluded))
         kept = tuple((rows, self._bytes[rows]) for rows in self._kept)
-        return Memory(excluded, kept, self._settled, self.silent, tile)
+        moments = tuple(replace(whole, values=None) for whole in self.moments)
+        return Memory(excluded, kept, self._settled, self.silent, tile, moments)
 
     def remember(self, memory: Memory) -> None:
         """Go on as one with this memory would."""
@@ -103,6 +108,7 @@ class Passes:
         self._bytes = dict(memory.kept)
         if memory.tile is None or self.tile is None or not self.tile.equals(*memory.tile):
             self.tile = None if memory.tile is None else Tile(*memory.tile)
+        self.moments.remember(memory.moments)
 
     def run(
         self,
@@ -111,6 +117,8 @@ class Passes:
         columns: Tensor | None,
         sums: dict[str, Tensor],
         add: Callable[[Tensor, Gradients], None],
+        *,
+        plan: Sequence[Tensor] | None = None,
     ) -> None:
         """Call `add` so that it sees each finite row of `rows` once, in a fixed order.
 
@@ -120,8 +128,11 @@ class Passes:
         A long pass writes its sums down from time to time; an interrupted one goes on from them.
         Where memory runs out within `add`, the sums are of no use, and the pass begins again at
         what was written, with smaller batches.
+
+        Args:
+            plan: the batches, where they are known already.
         """
-        plan = self.plan(rows)
+        plan = self.plan(rows) if plan is None else plan
         inputs = {"pass": name, "columns": digest(columns)} | {
             "samples": digest(self.samples.ids),
             "rows": digest(rows),
@@ -233,7 +244,8 @@ class Passes:
 
     def _smaller(self, rows: int, reason: str) -> None:
         """Keep nothing; then take half as many rows at a time; then one, by the loop; give up."""
-        held, tile = any(self._kept.values()), self.tile
+        held = self.moments.forget() or any(self._kept.values())
+        tile = self.tile
         if tile is not None and tile.values is not None:
             held, self.tile = True, Tile(tile.rows, tile.columns)
         self._kept, self._has_room = dict.fromkeys(self._kept), False

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ird_search.coordinates import packed, unpacked
+from ird_search.fisher.moments import Whole
 from ird_search.ledger import Ledger, Unit, unit_key
 
 EVERY = 30.0
@@ -32,6 +34,7 @@ class Memory:
         settled: whether nothing more will be kept.
         silent: tensors that no gradient reached; None before the first pass over all parameters.
         tile: rows and columns of the tile, if there is one.
+        moments: those of all columns that are kept, without values.
     """
 
     excluded: tuple[int, ...] = ()
@@ -39,6 +42,7 @@ class Memory:
     settled: bool = False
     silent: tuple[str, ...] | None = None
     tile: tuple[Tensor, Tensor] | None = None
+    moments: tuple[Whole, ...] = ()
 
     def to_unit(self, numel: int) -> Unit:
         """As what a ledger stores.
@@ -51,10 +55,14 @@ class Memory:
             "kept": [[list(rows), size] for rows, size in self.kept],
             "settled": self.settled,
             "silent": None if self.silent is None else list(self.silent),
+            "moments": [[w.mean, [b.numel() for b in w.plan]] for w in self.moments],
         }
         tensors = {}
         if self.tile is not None:
             tensors = {"tile.rows": self.tile[0], "tile.columns": packed(self.tile[1], numel)}
+        for i, whole in enumerate(self.moments):
+            tensors[f"moments.{i}.rows"] = whole.rows.int()
+            tensors[f"moments.{i}.plan"] = torch.cat([*whole.plan, whole.rows[:0]]).int()
         return Unit(result, tensors)
 
     @classmethod
@@ -63,12 +71,17 @@ class Memory:
         found, tile = unit.result, None
         if "tile.rows" in unit.tensors:
             tile = unit.tensors["tile.rows"], unpacked(unit.tensors["tile.columns"])
+        moments = []
+        for i, (mean, sizes) in enumerate(found["moments"]):
+            rows, plan = (unit.tensors[f"moments.{i}.{part}"].long() for part in ("rows", "plan"))
+            moments.append(Whole(rows, plan.split(sizes), mean))
         return cls(
             tuple(found["excluded"]),
             tuple((tuple(rows), size) for rows, size in found["kept"]),
             found["settled"],
             None if found["silent"] is None else tuple(found["silent"]),
             tile,
+            tuple(moments),
         )
 
 
