@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ird_search.config import SearchConfig, plain_type
+from ird_search.config import SearchConfig
 from ird_search.errors import IRDError, ResourceError, UsageError, out_of_memory
+from ird_search.settings import plain_type
 
 EXIT_CODES = """\b
 Exit codes: 0 ok, 2 usage, 3 data, 4 model, 5 mask or delta file, 6 no proxy succeeded,
@@ -164,8 +165,7 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
         for config, f in [(c, f) for c in configs for f in fields(c)]:
             section = SECTIONS.get(f.name, section)
             made.append(_parameter(config, f, section))
-        emptied = [f.name for c in configs for f in fields(c) if isinstance(f.default, tuple)]
-        emptied = [name for name in emptied if getattr(SearchConfig, name, ())]
+        emptied = [f.name for c in configs for f in fields(c) if _can_be_emptied(c, f)]
 
         def run(**given: Any) -> None:
             settings = {n: v for n in names if (v := given.pop(n)) not in (None, [])}
@@ -180,6 +180,12 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
+def _can_be_emptied(config: type, f: Any) -> bool:
+    """Whether it is a list of a search that by default is not empty."""
+    hint, _ = plain_type(typing.get_type_hints(config)[f.name])
+    return config is SearchConfig and typing.get_origin(hint) is tuple and f.default != ()
+
+
 def _parameter(config: type, f: Any, section: str) -> inspect.Parameter:
     """One option: `None` when not given, its default told in the help, under a section of it."""
     hint, _ = plain_type(typing.get_type_hints(config)[f.name])
@@ -189,7 +195,8 @@ def _parameter(config: type, f: Any, section: str) -> inspect.Parameter:
     names = [f"{flag}/--no{flag[1:]}"] if hint is bool else [flag]
     shown = ", ".join(f.default) if isinstance(f.default, tuple) else f.default
     default = "" if shown in (None, False, "") else f" [default: {shown}]"
-    repeat = " (repeatable; none for an empty list)" if many and shown else " (repeatable)"
+    emptied = _can_be_emptied(config, f)
+    repeat = " (repeatable; none for an empty list)" if emptied else " (repeatable)"
     option = typer.Option(
         *names,
         help=f.metadata["help"] + default + (repeat if many else ""),

@@ -6,14 +6,12 @@ is written once.
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ird_search.errors import UsageError, nearest
+from ird_search.settings import make_plain, range_problems, setting
 
 Strategy = Literal["walk", "ladder", "grid", "tpe", "random", "fish"]
 Criterion = Literal["fisher", "mean", "snr", "decrease"]
@@ -37,18 +35,6 @@ signs of the gradients say less."""
 
 BESIDE_THE_RESULT = ("workers", "record_seconds")
 """Settings that change how a search is done, but not what it finds."""
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    open: bool = False,
-) -> Any:
-    """A field with its help text and legal range (`open`: the low end itself is not legal)."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "open": open})
 
 
 @dataclass(frozen=True)
@@ -325,104 +311,51 @@ def _called(name: object) -> str:
     return next((own for own, others in _ALIASES.items() if name in others.split()), "")
 
 
-def choices(hint: Any) -> tuple[str, ...]:
-    """The legal words of a `Literal` setting, or of a list of them; empty for another type."""
-    hint, _ = plain_type(hint)
-    if typing.get_origin(hint) is tuple:
-        hint = typing.get_args(hint)[0]
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def plain_type(hint: Any) -> tuple[Any, bool]:
-    """(a setting's type without None, whether it may be None)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
 def check_settings(config: SearchConfig | DataConfig) -> None:
     """Every setting within its range, or one error that lists all that are not."""
-    hints = typing.get_type_hints(type(config))
-    problems = [p for f in fields(config) if (p := _problem(f, getattr(config, f.name), hints))]
+    problems = range_problems(config)
     if not problems and isinstance(config, SearchConfig):
-        pool = POOL if config.pool is None else config.pool
-        if config.min_samples > pool:
-            problems.append(f"min_samples ({config.min_samples}) is larger than pool ({pool}).")
-        if config.probe_steps is not None and config.probe_steps > config.proxy_steps:
-            problems.append(
-                f"probe_steps ({config.probe_steps}) is larger than proxy_steps "
-                f"({config.proxy_steps}): the shorter fine-tunes would be the longer ones."
-            )
-        problems += _fisher_problems(config)
+        problems = [*_size_problems(config), *_fisher_problems(config), *_fish_problems(config)]
     if problems:
         raise UsageError(problems)
-    for f in fields(config):  # configs are plain values, whatever lists and numbers came
-        object.__setattr__(config, f.name, _plain(getattr(config, f.name)))
+    make_plain(config)
 
 
-def _plain(value: Any) -> Any:
-    """Lists of YAML or JSON as tuples, numbers of numpy as Python's."""
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, (bool, int, float)) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
+def _size_problems(config: SearchConfig) -> Iterator[str]:
+    """Sizes that make no sense together."""
+    pool = POOL if config.pool is None else config.pool
+    if config.min_samples > pool:
+        yield f"min_samples ({config.min_samples}) is larger than pool ({pool})."
+    if config.probe_steps is not None and config.probe_steps > config.proxy_steps:
+        yield (
+            f"probe_steps ({config.probe_steps}) is larger than proxy_steps "
+            f"({config.proxy_steps}): the shorter fine-tunes would be the longer ones."
+        )
 
 
-def _fisher_problems(config: SearchConfig) -> list[str]:
+def _fisher_problems(config: SearchConfig) -> Iterator[str]:
     """Settings of F that make no sense together."""
-    problems = []
     if config.fisher_draws > 1 and config.fisher != "sampled":
-        problems.append(
+        yield (
             f"fisher_draws is {config.fisher_draws}, but fisher is {config.fisher!r}, which draws "
             "no labels. Pass fisher='sampled' (--fisher sampled)."
         )
     if not config.signed and config.criterion not in (None, "fisher"):
-        problems.append(
+        yield (
             f"criterion is {config.criterion!r}, which needs the mean gradient; with fisher "
             f"{config.fisher!r} by the {config.fisher_unit} there is only the mean square. Pass "
             "criterion='fisher' (--criterion fisher)."
         )
-    return problems
 
 
-def _list_problem(name: str, value: Any, words: tuple[str, ...]) -> str:
-    if not isinstance(value, (list, tuple)):
-        return f"{name} is {value!r}; it must be a list of {', '.join(words)}."
-    if unknown := [v for v in value if v not in words]:
-        close = nearest(str(unknown[0]), words)
-        return f"{name} holds {unknown[0]!r}; known are {', '.join(words)}.{close}"
-    return ""
-
-
-def _problem(f: Field[Any], value: Any, hints: Mapping[str, Any]) -> str:
-    """What is wrong with one setting, in a sentence; empty when it is legal."""
-    hint, low, high = hints[f.name], f.metadata["low"], f.metadata["high"]
-    words = choices(hint)
-    base, optional = plain_type(hint)
-    if optional and value is None:
-        return ""
-    if words and typing.get_origin(hint) is tuple:
-        return _list_problem(f.name, value, words)
-    if words:
-        if value not in words:
-            close = nearest(str(value), words)
-            return f"{f.name} is {value!r}; it must be one of {', '.join(words)}.{close}"
-        return ""
-    if base is bool or base is str:
-        return (
-            "" if isinstance(value, base) else f"{f.name} is {value!r}; it must be {base.__name__}."
-        )
-    if base not in (int, float):
-        good = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-        return "" if good else f"{f.name} is {value!r}; it must be a list of strings."
-    if isinstance(value, bool) or not isinstance(value, Real if base is float else Integral):
-        return f"{f.name} is {value!r}; it must be a {'' if base is float else 'whole '}number."
-    if value in (float("inf"), float("-inf")):
-        return f"{f.name} is {value}; it must be a finite number."
-    above = low is None or (value > low if f.metadata["open"] else value >= low)
-    if above and (high is None or value <= high) and value == value:
-        return ""
-    bounds = [f"{'above' if f.metadata['open'] else 'at least'} {low:g}"] if low is not None else []
-    bounds += [f"at most {high:g}"] if high is not None else []
-    return f"{f.name} is {value:g}; it must be {' and '.join(bounds)}."
+def _fish_problems(config: SearchConfig) -> Iterator[str]:
+    """Other readings than FISH's, where FISH is asked for."""
+    if config.strategy != "fish":
+        return
+    usual = {"criterion": (None, "fisher"), "ceiling": (None,), "skip": (0,)}
+    for name, values in usual.items():
+        if (value := getattr(config, name)) not in values:
+            yield (
+                f"{name} is {value!r}, but strategy is 'fish', which takes the largest mean "
+                f"squares. Leave {name} out, or pass strategy='walk' (--strategy walk)."
+            )

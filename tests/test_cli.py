@@ -175,6 +175,17 @@ def test_an_option_overrides_the_config(place: Path, tmp_path: Path) -> None:
     assert resolved["head"] == []  # an empty list is a setting: no head
 
 
+def test_a_list_that_is_not_empty_by_itself_can_be_emptied(place: Path, tmp_path: Path) -> None:
+    """Of a head none: all of the classifier is a candidate, and nothing is trained beside it."""
+    none = {"head": "none", "groups": "none", "vary": "none", "controls": "none"}
+    result = call(*command(place, tmp_path / "run", **none))
+    assert result.exit_code == 0, result.stderr
+    found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {name: found[name] for name in none} == {name: [] for name in none}
+    mask = load_mask(tmp_path / "run" / "mask.safetensors")
+    assert "classifier.weight" in mask.space.names
+
+
 def test_every_setting_is_resolved(finished: tuple[Path, Result]) -> None:
     resolved = yaml.safe_load((finished[0] / "config.yaml").read_text())
     names = {f.name for c in (SearchConfig, DataConfig) for f in fields(c)}

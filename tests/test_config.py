@@ -10,8 +10,9 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from ird_search.config import _ALIASES, DataConfig, SearchConfig, choices, split_settings
+from ird_search.config import _ALIASES, DataConfig, SearchConfig, split_settings
 from ird_search.errors import UsageError
+from ird_search.settings import choices
 
 
 def refused(config: Any = SearchConfig, **settings: Any) -> str:
@@ -125,6 +126,14 @@ def test_the_budget_is_the_nearest_whole_number(
     density: float, parameters: int, budget: int
 ) -> None:
     assert SearchConfig(density=density).budget(parameters) == budget
+
+
+def test_fish_has_no_other_reading() -> None:
+    SearchConfig(strategy="fish", criterion="fisher", floor=0.5)
+    with pytest.raises(UsageError) as e:
+        SearchConfig(strategy="fish", criterion="snr", ceiling=2.0, skip=1.0)
+    assert len(e.value.problems) == 3
+    assert "criterion is 'snr', but strategy is 'fish', which takes the largest" in str(e.value)
 
 
 def test_choices_of_a_setting() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ird_search.config import Criterion, SearchConfig, choices
+from ird_search.config import Criterion, SearchConfig
 from ird_search.fisher import Moments
 from ird_search.reading import CEILINGS, SKIPS, Reading, all_readings, levels, neighbours
+from ird_search.settings import choices
 
 
 def test_the_criteria_by_their_formulas() -> None:

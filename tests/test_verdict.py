@@ -15,13 +15,14 @@ from scipy import stats
 
 from ird_search import verdict as module
 from ird_search.candidate import AGAIN, LOWEST_RATE, Attempt, Candidate, Kind, Trial
-from ird_search.config import Control, choices
+from ird_search.config import Control
 from ird_search.controls import Controls, random_mask
 from ird_search.ledger import Ledger
 from ird_search.pair import Pair, Scored
 from ird_search.paired import Gain, crossed, samples_needed
 from ird_search.proxy import Proxies
 from ird_search.report import INTERVALS, explained, text_table, verdict_record
+from ird_search.settings import choices
 from ird_search.verdict import Entry, Verdict, give_verdict, too_few
 from tests.toy import scored, toy_mask, toy_problem
 
