@@ -6,20 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.faults import inputs
-from benchmarks.faults.inputs import (
-    Place,
-    cases,
-    changed,
-    from_python,
-    kept,
-    of_rows,
-    outcome,
-    processes,
-    samples,
-    tried,
-    weights,
-)
+from benchmarks.faults import trial
+from benchmarks.faults.bad_files import cases
+from benchmarks.faults.cases import changed, of_rows
+from benchmarks.faults.inputs import from_python, processes
+from benchmarks.faults.not_finite import samples, weights
+from benchmarks.faults.trial import Place, kept, outcome, tried
 
 CASES = cases(huge=False)
 BAD = [case for case in CASES if not case.works]
@@ -29,7 +21,7 @@ SOUND = [case for case in CASES if case.works]
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast it is belongs to the campaign: a test must not depend on a busy machine."""
-    monkeypatch.setattr(inputs, "SECONDS", float("inf"))
+    monkeypatch.setattr(trial, "SECONDS", float("inf"))
 
 
 @pytest.fixture(scope="module")
