@@ -33,13 +33,24 @@ def check_fit(
     try:
         seen = look(model, batch.inputs)
         task.log_likelihood(seen.logits, batch.labels)
+        normed = isinstance(task, Classification) and gives_probabilities(
+            model, samples, seen.logits
+        )
         ahead = isinstance(task, CausalLM) and looks_ahead(model, batch.inputs)
     except REFUSALS as error:
         if isinstance(error, IRDError) or out_of_memory(error):
             raise
         raise DataError(f"{row}: the model cannot take this sample: {first_line(error)}") from error
-    if isinstance(task, Classification):
-        _check_logits(seen.logits, task, source)
+    if isinstance(task, Classification) and seen.logits.shape[-1] < task.num_labels:
+        raise DataError(
+            f"The labels of {source.origin} are {task.num_labels} classes, and the model has "
+            f"{seen.logits.shape[-1]} logits."
+        )
+    if normed:
+        raise ModelError(
+            "The model gives probabilities (none is negative, they sum to 1); logits are accepted, "
+            "of which log softmax is taken. Leave out its softmax."
+        )
     if ahead:
         raise ModelError(
             f"{type(unwrapped(model)).__name__} is no causal language model: its answer at a "
@@ -50,19 +61,19 @@ def check_fit(
     return seen
 
 
-def _check_logits(logits: Tensor, task: Classification, source: Source) -> None:
-    """As many as classes, and no probabilities: their softmax is another distribution."""
-    if logits.shape[-1] < task.num_labels:
-        raise DataError(
-            f"The labels of {source.origin} are {task.num_labels} classes, and the model has "
-            f"{logits.shape[-1]} logits."
-        )
-    total = logits.double().sum(-1)
-    if bool((logits >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-6):
-        raise ModelError(
-            "The model gives probabilities (none is negative, they sum to 1); logits are accepted, "
-            "of which log softmax is taken. Leave out its softmax."
-        )
+def gives_probabilities(model: nn.Module, samples: SampleSet, logits: Tensor) -> bool:
+    """Whether none is negative and they sum to 1: their softmax is another distribution.
+
+    Args:
+        logits: of the first sample; where they look like it, some more samples must, too.
+    """
+
+    def like(found: Tensor) -> bool:
+        total, near = found.double().sum(-1), max(1e-6, torch.finfo(found.dtype).eps)
+        return bool((found >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=near)
+
+    others = (samples.batch([i], logits.device).inputs for i in range(1, min(4, len(samples))))
+    return like(logits) and all(like(look(model, inputs).logits) for inputs in others)
 
 
 @dataclass(frozen=True, eq=False)

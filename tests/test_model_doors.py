@@ -96,9 +96,26 @@ def test_padding_that_rows_brought_hides_no_later_token() -> None:
 def test_probabilities_are_no_logits() -> None:
     with pytest.raises(ModelError, match=r"gives probabilities .* Leave out its softmax"):
         fisher_scores(nn.Sequential(*toy_net(), nn.Softmax(-1)), toy_rows())
+    half = nn.Sequential(*toy_net(), nn.Softmax(-1)).bfloat16()
+    with pytest.raises(ModelError, match="gives probabilities"):
+        fisher_scores(half, [(x.bfloat16(), y) for x, y in toy_rows()])
     log_probabilities = nn.Sequential(*toy_net(), nn.LogSoftmax(-1))
     found = fisher_scores(log_probabilities, toy_rows()).by_sample
     torch.testing.assert_close(found, fisher_scores(toy_net(), toy_rows()).by_sample)
+
+
+def test_logits_that_sum_to_one_by_chance_are_no_probabilities() -> None:
+    class Chance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = toy_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.net(x).abs()
+            first = torch.isclose(x, toy_rows()[0][0]).all(-1, keepdim=True)
+            return torch.where(first, logits / logits.sum(-1, keepdim=True), logits)
+
+    assert fisher_scores(Chance(), toy_rows()).by_sample.isfinite().all()
 
 
 @pytest.mark.parametrize("door", [fisher_scores, search_mask])
