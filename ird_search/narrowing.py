@@ -135,17 +135,19 @@ class Narrowings:
     def _unit(self, inputs: dict[str, Any], do: Callable[[FisherMatrix], Unit]) -> Unit:
         """The answer, and F's memory as it was behind it."""
 
+        key = unit_key({**self.about, "selector": self.selector.about, **inputs})
+
         def done() -> Unit:
             if self._fisher is None:
                 self._fisher = self._open()
                 self._fisher.remember(self.memory)
+            self._fisher.record.begin(key)
             answer, memory = do(self._fisher), self._fisher.memory.to_unit(self.space.numel)
             return Unit(
                 {**answer.result, "path": self._fisher.path, "memory": memory.result},
                 {**answer.tensors, **memory.tensors},
             )
 
-        key = unit_key({**self.about, "selector": self.selector.about, **inputs})
         (unit,) = self.ledger.finish([Job("narrowing", key, done)], wait=self.wait)
         self.path = joined_paths(self.path, unit.result["path"])
         self.memory = Memory.of_unit(Unit(unit.result["memory"], unit.tensors))

@@ -12,7 +12,7 @@ import torch
 
 from ird_search.budgets import Budgets
 from ird_search.errors import ResourceError, out_of_memory
-from ird_search.fisher import Engine, FisherMatrix, PassRecord, make_engine, record
+from ird_search.fisher import Engine, FisherMatrix, Memory, PassRecord, make_engine, record
 from ird_search.fisher.engine import Contribution
 from ird_search.ledger import Ledger
 from ird_search.mask import SparseMask
@@ -257,3 +257,36 @@ def test_memory_that_runs_out_while_sums_grow_counts_nothing_twice(
     found = m.marginals()
     assert torch.allclose(found.columns, true.columns, rtol=1e-4, atol=1e-10)
     assert torch.allclose(found.rows, true.rows, rtol=1e-4)
+
+
+def test_sums_of_an_answer_that_is_there_are_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends between an answer and the removal of its sums."""
+    p = named("bert-sdpa")
+    engine = make_engine(p.model, p.task, p.space, example=p.samples.batch(range(6)))
+    wide, ranges = p.space.numel, Ranges((6, 3, 2), (p.space.numel, 700, 50))
+
+    def asked(place: str, *, all_of_it: bool = True) -> tuple[list[Any], Memory]:
+        ledger = Ledger(tmp_path / place)
+        record = PassRecord(ledger, {}, every=0)
+        room: dict[str, Any] = {"cache_bytes": 16 * wide, "tokens": 16}
+        opened = FisherMatrix(engine, p.samples, p.space, record=record, **room)
+        narrowings = Narrowings(lambda: opened, Selector(Budgets.of(p.space, ())), ledger, {})
+        found: list[Any] = [rows := narrowings.descended((6, 4, 3), (wide, wide // 2, 40))]
+        if all_of_it:
+            (_, pair, mask), *_ = narrowings.narrowed(Pair(torch.arange(6)), ranges, MOVES)
+            found += [mask.coords, narrowings.row_scores(rows, mask)]
+            found += [m.coords for _, _, m in narrowings.narrowed(pair, ranges, MOVES)]
+        return found, narrowings.memory
+
+    wanted, memory = asked("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(PassRecord, "clear", lambda self: None)
+        asked("stopped", all_of_it=False)
+    assert any((tmp_path / "stopped").glob("fisher-*"))
+    found, then = asked("stopped")
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+    one, other = memory.to_unit(wide), then.to_unit(wide)
+    assert one.result == other.result and one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)

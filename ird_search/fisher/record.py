@@ -100,6 +100,18 @@ class PassRecord:
         self.ledger, self.about, self.every = ledger, dict(about), every
         self._last, self._took = time.monotonic(), 0.0
         self._chunks: dict[str, str] = {}
+        self._asked = ""
+
+    def begin(self, asked: str) -> None:
+        """From here on passes are for another question.
+
+        Where a run ends between an answer and `clear`, that answer's sums are still there, beside
+        what was in memory then; no later question may go on from them.
+
+        Args:
+            asked: names the question.
+        """
+        self._asked = asked
 
     @property
     def due(self) -> bool:
@@ -149,7 +161,7 @@ class PassRecord:
 
     def _name(self, inputs: Mapping[str, Any]) -> str:
         """What all chunks of a pass have in common."""
-        return unit_key({**self.about, **inputs})
+        return unit_key({**self.about, **inputs, "asked": self._asked})
 
 
 def _key(chunks: str, done: int) -> str:
