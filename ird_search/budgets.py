@@ -130,7 +130,8 @@ class Budgets:
             if bounded:
                 shares = [self._numel(name) / max(1, size) for name in names]
                 tensors = own.split([span.stop - span.start for span in spans])
-                _take(own, tensors, shares, skipped, floor, ceiling)
+                if skipped:
+                    _take(own, tensors, shares, skipped, floor, ceiling)
                 found = _take(own, tensors, shares, share, floor, ceiling)
             else:
                 found = ranks(own, skipped, share)

@@ -75,7 +75,7 @@ class SearchConfig:
         None,
         "what ranks parameters: the mean square, absolute mean or signal-to-noise of gradients, or "
         "the decrease of the loss within reach; to begin with by default "
-        "snr, and fisher for the ladder",
+        "snr, and fisher for ladder and fish",
     )
     reach: float = setting(
         1.0, "how far a weight may move, where criterion is decrease", low=0, open=True

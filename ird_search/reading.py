@@ -63,10 +63,10 @@ class Reading:
     def of(cls, config: SearchConfig) -> Reading:
         """The one that a search begins with: the settings', by default `snr`, which needs no scale.
 
-        The ladder's is `fisher`: it is the closest reading of the paper. So is it where there is no
-        mean gradient.
+        The ladder's is `fisher`: it is the closest reading of the paper. So is that of `fish`, and
+        so it is where there is no mean gradient.
         """
-        squares = config.strategy == "ladder" or not config.signed
+        squares = config.strategy in ("ladder", "fish") or not config.signed
         usual: Criterion = "fisher" if squares else "snr"
         return cls(config.criterion or usual, config.ceiling, config.skip, config.reach)
 

@@ -135,6 +135,19 @@ def test_memory_that_runs_out_takes_them_first(monkeypatch: pytest.MonkeyPatch) 
     assert equal(m.column_moments(ALL), first)
 
 
+def test_a_row_that_is_left_out_later_does_not_count_in_what_was_kept() -> None:
+    """It was finite in one batch, and is not in another."""
+    kept = Kept(9, [Whole(rows, (rows,), True) for rows in (ALL, SOME)])
+    kept.drop({1})
+    assert [w.rows.tolist() for w in kept] == [SOME.tolist()]
+    p = named("bert-sdpa")
+    m, _ = counted(p, factors=False, cache_bytes=16 * p.space.numel, excluded_share=1.0)
+    g = per_sample_gradients(p.model, p.task, p.samples, p.space)
+    assert relative_error(m.column_scores(ALL), g.square().mean(0)) <= CLOSE
+    m._passes._exclude(torch.tensor([5]))
+    assert relative_error(m.column_scores(ALL), g[:5].square().mean(0)) <= CLOSE
+
+
 def test_a_matrix_on_other_samples_keeps_its_own() -> None:
     p = named("bert-sdpa")
     m = matrix_of(p, cache_bytes=HUGE)

@@ -328,6 +328,14 @@ class Lookup(SampleGradients):
             means.view(size).index_add_(0, row, summed)
         return self._norms(sample, row, squares, within)
 
+    def add_some(self, columns: Columns, squares: Tensor, means: Tensor | None = None) -> None:
+        _, row, summed = self._touched()
+        pair, place = _hits(row, summed.shape[1], columns)
+        found = summed[pair, columns.index[place] % summed.shape[1]]
+        squares.index_add_(0, place, found.square())
+        if means is not None:
+            means.index_add_(0, place, found)
+
     def square_norms(self, within: Columns | None = None) -> Tensor:
         sample, row, summed = self._touched()
         return self._norms(sample, row, summed.square(), within)

@@ -185,7 +185,7 @@ class FisherMatrix:
         return self._marked(scores)[rows]
 
     def column_scores(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """c_j(S) for the given columns: float32 [k], on the CPU.
+        """c_j(S) for the given columns: float32 [k], on the CPU; not to be written to.
 
         Args:
             rows: S as positions, int64 [|S|].
@@ -197,6 +197,8 @@ class FisherMatrix:
         self, rows: Tensor, columns: Tensor | None = None, *, mean: bool = True
     ) -> Moments:
         """c_j(S) and m_j(S) for the given columns, from one pass, on the CPU.
+
+        Those of all columns are kept for the next question: they are not to be written to.
 
         Args:
             rows: S as positions, int64 [|S|].

@@ -7,6 +7,7 @@ the same sums over all columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ MOST = 8
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The mean square of some columns' gradients, and their mean.
+    """The mean square of some columns' gradients, and their mean; not to be written to.
 
     Args:
         square: c_j(S), float32 [k].
@@ -85,6 +86,12 @@ class Kept:
         while len(found) > MOST or sum(w.vectors for w in found) > self.room:
             del found[0]
         self._found = tuple(found)
+
+    def drop(self, excluded: AbstractSet[int]) -> None:
+        """Let go of those over rows that count no more."""
+        if excluded:
+            kept = (w for w in self._found if excluded.isdisjoint(w.rows.tolist()))
+            self._found = tuple(kept)
 
     def forget(self) -> bool:
         """Free the memory; whether any was taken."""

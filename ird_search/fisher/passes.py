@@ -267,7 +267,9 @@ class Passes:
             )
 
     def _exclude(self, rows: Tensor) -> None:
-        self.excluded |= set(rows.tolist())
+        new = set(rows.tolist()) - self.excluded
+        self.excluded |= new
+        self.moments.drop(new)
         ids = self.samples.ids[sorted(self.excluded)].tolist()
         require_few(ids, len(self.samples), share=self.excluded_share)
 
