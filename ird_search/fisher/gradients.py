@@ -220,7 +220,7 @@ class Outer(SampleGradients):
     def _sample(self, columns: Columns, out: Tensor) -> None:
         """Only the entries' own scalar products: a sampled dense-dense product."""
         pattern = columns.pattern(self._size[1])
-        # torch takes what is left over of eights one by one, at ten times the cost.
+        # torch takes what is left over of eights one by one, at several times the cost.
         more = -self.left.shape[1] % 8
         left, right = (pad(x.float(), (0, 0, 0, more)) for x in (self.left, self.right))
         for one, a, b in zip(out, left.mT, right, strict=True):
